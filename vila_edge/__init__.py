@@ -1,0 +1,17 @@
+"""Edge inference runtime for VILA visual language models.
+
+>>> import vila_edge
+>>> pipeline = vila_edge.load("my-bundle")                                             # doctest: +SKIP
+>>> pipeline.generate("Which image shows the larger digit?", ["a.png", "b.png"]).text  # doctest: +SKIP
+'the first'
+"""
+
+__version__ = "0.1.0"
+
+from vila_edge.errors import VilaEdgeError
+from vila_edge.pipeline import Pipeline, Reply, load
+from vila_edge.prompt import Turn
+from vila_edge.sampler import Sampling
+from vila_edge.session import Session
+
+__all__ = ["Pipeline", "Reply", "Sampling", "Session", "Turn", "VilaEdgeError", "__version__", "load"]

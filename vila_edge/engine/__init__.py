@@ -1,0 +1,1 @@
+"""Engines: what runs a bundle's graphs on a device, behind one protocol."""

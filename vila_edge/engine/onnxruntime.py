@@ -1,0 +1,113 @@
+"""The engine on onnxruntime: the default wherever there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from vila_edge import architecture, bindings, fsio
+from vila_edge.bundle import GRAPHS, WEIGHTS, Bundle
+from vila_edge.engine.onnx_file import check_external_data
+from vila_edge.errors import BackendError, ContextError
+from vila_edge.tensorfile import TensorFile
+
+DIALECT = "onnxruntime"
+EMBED_TOKENS_FILE = f"{WEIGHTS}/embed_tokens.safetensors"
+GRAPH_SIZE_LIMIT = 64 << 20  # a graph is thin: its weights lie elsewhere
+
+FloatArray = NDArray[np.float32]
+
+
+class OnnxruntimeCache:
+    """One buffer [1, H_kv, capacity, dim] for the keys and one for the values of each layer, used in place."""
+
+    def __init__(self, layout: Sequence[bindings.Binding], capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        shapes = {b.name: [capacity if d == "capacity" else d for d in b.shape] for b in layout}
+        self.buffers = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name, shape in shapes.items()
+        }
+
+    def truncate(self, length: int) -> None:
+        self.length = min(length, self.length)
+
+
+class OnnxruntimeEngine:
+    """Runs the `onnxruntime` graphs of a bundle on the CPU."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        """Raises BundleError if a graph would read outside of the bundle, BackendError if one does not load."""
+        self.cfg = bundle.config
+        self.threads = threads or os.cpu_count() or 1
+        self._vision_tower = _session(bundle, "vision_tower", self.threads)
+        self._mm_projector = _session(bundle, "mm_projector", self.threads)
+        self._decoder = _session(bundle, "decoder", self.threads)
+        self._embed_tokens = TensorFile(bundle.file(EMBED_TOKENS_FILE)).array(f"{architecture.EMBED_TOKENS}.weight")
+
+    @property
+    def backend(self) -> str:
+        return f"onnxruntime {ort.__version__}, CPU, {self.threads} thread{'' if self.threads == 1 else 's'}"
+
+    def encode_images(self, pixel_values: FloatArray) -> FloatArray:
+        found: FloatArray = self._vision_tower.run(None, {bindings.PIXEL_VALUES: pixel_values})[0]
+        return found
+
+    def project(self, image_features: FloatArray) -> FloatArray:
+        found: FloatArray = self._mm_projector.run(None, {bindings.IMAGE_FEATURES: image_features})[0]
+        return found
+
+    def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
+        found: FloatArray = self._embed_tokens[np.asarray(input_ids, np.int64)].astype(np.float32)
+        return found
+
+    def new_cache(self, capacity: int) -> OnnxruntimeCache:
+        return OnnxruntimeCache(bindings.kv_cache(self.cfg), capacity)
+
+    def forward(
+        self, inputs_embeds: FloatArray, cache: OnnxruntimeCache, logits_to_keep: Sequence[int] = (-1,)
+    ) -> FloatArray:
+        """Raises ContextError if the cache has no room for the new positions."""
+        new = len(inputs_embeds)
+        total = cache.length + new
+        if total > cache.capacity:
+            raise ContextError(f"{total} positions do not fit into a kv_cache of {cache.capacity}")
+        kept = np.asarray([position % new for position in logits_to_keep], np.int64)
+        binding = self._decoder.io_binding()
+        binding.bind_cpu_input(bindings.INPUTS_EMBEDS, np.ascontiguousarray(inputs_embeds[None]))
+        binding.bind_cpu_input(bindings.LAST_POSITION, np.asarray([total - 1], np.int32))
+        binding.bind_cpu_input(bindings.TOTAL_LENGTH, np.asarray(total, np.int32))
+        binding.bind_cpu_input(bindings.LOGITS_TO_KEEP, kept)
+        binding.bind_output(bindings.LOGITS)
+        for name, buffer in cache.buffers.items():  # the new keys and values go into the buffer they came from
+            binding.bind_ortvalue_input(f"past_{name}", buffer)
+            binding.bind_ortvalue_output(f"present_{name}", buffer)
+        self._decoder.run_with_iobinding(binding)
+        cache.length = total
+        logits: FloatArray = binding.get_outputs()[0].numpy()[0]
+        return logits
+
+
+def _session(bundle: Bundle, graph: str, threads: int) -> Any:
+    """One graph, from bytes: onnxruntime is told the folder of the weights and opens no other path."""
+    path = bundle.file(f"{GRAPHS}/{DIALECT}/{graph}.onnx")
+    data = fsio.read_bytes(path, GRAPH_SIZE_LIMIT)
+    weights = (bundle.path / WEIGHTS).resolve()
+    check_external_data(data, weights, path)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no common base but this
+        reason = str(error).replace(str(Path.cwd()), ".").strip().splitlines()[0]
+        raise BackendError(
+            f"onnxruntime {ort.__version__} cannot load {path}: {reason}", "vila-edge needs onnxruntime 1.23 or newer"
+        ) from None

@@ -1,0 +1,62 @@
+"""What an engine can do. The pipeline, the session and the tests know no more than this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+class KVCache(Protocol):
+    """Keys and values of the positions that a sequence has so far."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Positions that are in use, `past_len` of the next call."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs one model. Arrays are float32 numpy arrays; one sequence at a time."""
+
+    @property
+    def backend(self) -> str:
+        """What runs, for people: name, version, device and threads."""
+        ...
+
+    def encode_images(self, pixel_values: FloatArray) -> FloatArray:
+        """pixel_values [N, 3, H, W] to image_features [N, P, D_vision]."""
+        ...
+
+    def project(self, image_features: FloatArray) -> FloatArray:
+        """image_features [N, P, D_vision] to image_embeds [N, T, D]."""
+        ...
+
+    def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
+        """input_ids [S] to inputs_embeds [S, D]."""
+        ...
+
+    def new_cache(self, capacity: int) -> Any:
+        """An empty KVCache of this engine's own kind."""
+        ...
+
+    def forward(self, inputs_embeds: FloatArray, cache: Any, logits_to_keep: Sequence[int] = (-1,)) -> FloatArray:
+        """Put inputs_embeds [S, D] behind what `cache` holds; logits [kept, V] of the positions asked for.
+
+        Prefill and decode are this one call with S > 1 and S = 1. `logits_to_keep` counts within the new
+        positions, negative from their end.
+        """
+        ...

@@ -1,0 +1,251 @@
+"""A trained VILA on the disk, in the VILA1.5 layout: one config, three folders of safetensors.
+
+    config.json   llm/   vision_tower/   mm_projector/
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_edge import fsio, profiles
+from vila_edge.config import (
+    Fields,
+    LlmConfig,
+    PreprocessConfig,
+    ProjectorConfig,
+    VilaConfig,
+    VisionConfig,
+)
+from vila_edge.errors import CheckpointError, ConfigError, InputError
+from vila_edge.parameters import component, parameter_shapes
+from vila_edge.tensorfile import TensorFile
+
+FOLDERS = ("llm", "vision_tower", "mm_projector")
+BICUBIC = 3  # PIL's number, in preprocessor_config.json
+
+
+class Checkpoint:
+    """An opened checkpoint: its config, and its parameters by the architecture's names."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Checks that every parameter is there and of the right shape; reads none of them.
+
+        Raises CheckpointError or ConfigError that names the file.
+        """
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path}: no such directory, expected a VILA checkpoint")
+        for folder in FOLDERS:
+            if not (self.path / folder).is_dir():
+                raise CheckpointError(
+                    f"{self.path}: no folder {folder}/, so this is not a checkpoint in the VILA1.5 layout",
+                    f"expected config.json and the folders {', '.join(FOLDERS)}",
+                )
+        self.config = read_config(self.path)
+        self._tensors = {name: file for folder in FOLDERS for name, file in _tensors(self.path / folder, folder)}
+        for name, shape in parameter_shapes(self.config).items():
+            self._check(name, shape)
+
+    def parameter(self, name: str) -> NDArray[np.float32]:
+        """A parameter in float32, read from the disk. Raises CheckpointError if it is not finite."""
+        values = self._tensors[name].float32(_stored_name(name))
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self._tensors[name].path}: tensor {_stored_name(name)!r} is not finite")
+        return values
+
+    def parameters(self) -> dict[str, NDArray[np.float32]]:
+        """All parameters."""
+        return {name: self.parameter(name) for name in parameter_shapes(self.config)}
+
+    def tokenizer_json(self) -> str:
+        path = self.path / "llm" / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: missing; this version needs a tokenizer in the form of the tokenizers library",
+                "write it with transformers: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)",
+            )
+        return fsio.read_bytes(path, 64 << 20).decode()
+
+    def sha256(self) -> str:
+        """Digest of what an export reads: configs, tokenizer and parameters."""
+        digest = hashlib.sha256()
+        files = {file.path for file in self._tensors.values()} | set(self.path.glob("*.json"))
+        files |= {path for folder in FOLDERS for path in (self.path / folder).glob("*.json")}
+        for path in sorted(files):
+            digest.update(f"{path.relative_to(self.path).as_posix()} {fsio.sha256(path)}\n".encode())
+        return digest.hexdigest()
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        stored = _stored_name(name)
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path / component(name)}: no tensor {stored!r}, expected shape {list(shape)}")
+        found = self._tensors[name].entries[stored].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{self._tensors[name].path}: tensor {stored!r} has shape {list(found)}, expected {list(shape)} "
+                "by config.json"
+            )
+
+
+def read_config(path: Path) -> VilaConfig:
+    """The whole configuration of the checkpoint in `path`. Raises ConfigError that names file and field."""
+    root = _json(path / "config.json")
+    llm = _json(path / "llm" / "config.json")
+    fields = Fields(root, str(path / "config.json"))
+    select_layer = fields.choice("mm_vision_select_layer", -2, default=-2)
+    fields.choice("mm_vision_select_feature", "cls_patch", default="cls_patch")
+    fields.fixed(s2=False, mm_use_im_start_end=False, mm_use_im_patch_token=False, vision_resolution=-1)
+    tower = _vision_config(Fields(*_source(path / "vision_tower" / "config.json")), select_layer)
+    return VilaConfig(
+        tower,
+        _projector_config(Fields(*_source(path / "mm_projector" / "config.json"))),
+        _llm_config(Fields(llm, str(path / "llm" / "config.json"))),
+        _preprocess_config(
+            Fields(*_source(path / "vision_tower" / "preprocessor_config.json")),
+            fields.choice("image_aspect_ratio", "resize"),
+            tower.image_size,
+        ),
+        profiles.detect(root, llm, str(path / "config.json")),
+    )
+
+
+def _vision_config(fields: Fields, select_layer: int) -> VisionConfig:
+    fields.choice("model_type", "siglip_vision_model")
+    fields.fixed(hidden_act="gelu_pytorch_tanh", num_channels=3)
+    cfg = VisionConfig(
+        hidden_size=fields.integer("hidden_size"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=fields.integer("num_hidden_layers"),
+        num_attention_heads=fields.integer("num_attention_heads"),
+        image_size=fields.integer("image_size"),
+        patch_size=fields.integer("patch_size"),
+        layer_norm_eps=fields.number("layer_norm_eps", 1e-6),
+        select_layer=select_layer,
+    )
+    # The pooling head is behind the layer that is selected.
+    fields.ignore("attention_dropout", "vision_use_head", "projection_dim", "projector_hidden_act", *_INERT)
+    fields.finish()
+    _divides(fields, cfg.num_attention_heads, cfg.hidden_size, "num_attention_heads", "hidden_size")
+    return cfg
+
+
+def _projector_config(fields: Fields) -> ProjectorConfig:
+    kind = fields.choice("mm_projector_type", "mlp_downsample")
+    fields.ignore("model_type", *_INERT)
+    fields.finish()
+    return ProjectorConfig(kind)
+
+
+def _llm_config(fields: Fields) -> LlmConfig:
+    fields.choice("model_type", "llama")
+    fields.fixed(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None, pretraining_tp=1)
+    rope = fields.section("rope_parameters")  # how transformers 5 writes rope_theta
+    rope.fixed(rope_type="default")
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
+    rope.finish()
+    hidden_size, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    if "head_dim" not in fields.data:
+        _divides(fields, heads, hidden_size, "num_attention_heads", "hidden_size")
+    cfg = LlmConfig(
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=fields.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=fields.integer("num_key_value_heads", heads),
+        head_dim=fields.integer("head_dim", hidden_size // heads),
+        vocab_size=fields.integer("vocab_size"),
+        context_length=min(
+            fields.integer(key, 2048)
+            for key in ("max_position_embeddings", "model_max_length", "tokenizer_model_max_length")
+            if key in fields.data or key == "max_position_embeddings"
+        ),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=theta,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+    )
+    fields.ignore("attention_dropout", "tokenizer_padding_side", "use_cache", *_INERT)
+    fields.finish()
+    _divides(fields, cfg.num_key_value_heads, heads, "num_key_value_heads", "num_attention_heads")
+    return cfg
+
+
+def _preprocess_config(fields: Fields, aspect: Any, image_size: int) -> PreprocessConfig:
+    fields.fixed(do_convert_rgb=True, do_normalize=True, do_rescale=True, do_resize=True, resample=BICUBIC)
+    size = fields.section("size")
+    if (size.integer("height"), size.integer("width")) != (image_size, image_size):
+        raise fields.error("size", f"height and width {image_size}, the tower's image_size")
+    return PreprocessConfig(
+        image_aspect_ratio=aspect,
+        image_size=image_size,
+        rescale_factor=fields.number("rescale_factor", 1 / 255),
+        image_mean=fields.triple("image_mean"),
+        image_std=fields.triple("image_std"),
+    )
+
+
+# Keys of the ecosystem's configs that say nothing about what is computed in inference.
+_INERT = (
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "initializer_factor",
+    "initializer_range",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+)
+
+
+def _divides(fields: Fields, part: int, whole: int, part_name: str, whole_name: str) -> None:
+    if whole % part:
+        raise ConfigError(f"{fields.source}: {whole_name!r} {whole} is not a multiple of {part_name!r} {part}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing from the checkpoint")
+    try:
+        return fsio.read_json(path)
+    except InputError as error:
+        raise CheckpointError(error.message) from None
+
+
+def _source(path: Path) -> tuple[Mapping[str, Any], str]:
+    return _json(path), str(path)
+
+
+def _tensors(folder: Path, prefix: str) -> list[tuple[str, TensorFile]]:
+    """Every tensor of a folder under the architecture's name, with the file that holds it."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: no object 'weight_map'")
+        names = sorted(set(map(str, weight_map.values())))
+    else:
+        names = ["model.safetensors"]
+    found = []
+    for name in names:
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            named = f", which {index.name} names" if index.is_file() else ""
+            raise CheckpointError(f"{path}: missing from the checkpoint{named}")
+        try:
+            file = TensorFile(path)
+        except InputError as error:
+            raise CheckpointError(error.message, "download or copy the file again") from None
+        found += [(f"{prefix}.{tensor}", file) for tensor in file.entries]
+    return found
+
+
+def _stored_name(name: str) -> str:
+    return name.partition(".")[2]
+

@@ -1,0 +1,195 @@
+"""The ONNX interpreter: running the architecture writes a graph. Neither torch nor weights are needed.
+
+A value is the name of a tensor in the graph. Nodes are named by the parameter they consume, or by their
+order; initialisers carry the checkpoint's names and point into the weights on the disk. This is the part
+that all dialects share, standard operators of opset 21; a dialect overrides verbs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from vila_edge import __version__
+from vila_edge.bindings import Binding, GraphBindings
+from vila_edge.config import Heads, TokenOrder
+from vila_edge.tensorfile import TensorEntry
+
+OPSET = 21  # onnxruntime 1.23, the last for Python 3.10, reads these
+IR_VERSION = 10
+
+_ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
+_STORED_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on the disk: `entry` of the file `location`, which stands beside the others in weights/."""
+
+    location: str
+    entry: TensorEntry
+
+
+class GraphOps:
+    """Writes one graph. Activations are float32; weights are cast to float32 where they are stored shorter."""
+
+    contrib_opsets: tuple[tuple[str, int], ...] = ()
+
+    def __init__(self, weights: Mapping[str, StoredTensor], bindings: GraphBindings) -> None:
+        self.weights, self.bindings = weights, bindings
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.produced: set[str] = set()
+
+    # the graph
+
+    def model(self, name: str) -> bytes:
+        """The graph, serialised. Every output of the bindings must have been set."""
+        missing = {b.name for b in self.bindings.outputs} - self.produced
+        assert not missing, missing
+        graph = helper.make_graph(
+            self.nodes,
+            name,
+            [_value_info(b) for b in self.bindings.inputs],
+            [_value_info(b) for b in self.bindings.outputs],
+            list(self.initializers.values()),
+        )
+        opsets = [helper.make_opsetid(domain, version) for domain, version in (("", OPSET), *self.contrib_opsets)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vila-edge")
+        model.producer_version = __version__
+        return bytes(model.SerializeToString(deterministic=True))
+
+    def output(self, value: str, name: str) -> None:
+        """Make a value an output of the graph."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
+        self.produced.add(name)
+
+    def node(self, op_type: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:
+        """Append a node of one output; returns the name of the value.
+
+        A name that is taken gets the node's number, as in `llm.model.norm/Add.7`.
+        """
+        path = f"{name}/{op_type}" if name else f"{op_type}.{len(self.nodes)}"
+        path = path if path not in self.produced else f"{path}.{len(self.nodes)}"
+        return self.multi_output_node(op_type, inputs, [path], path, domain, **attributes)
+
+    def multi_output_node(
+        self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], name: str, domain: str, **attributes: Any
+    ) -> str:
+        """Append a node whose outputs are named; returns the first of them."""
+        self.nodes.append(helper.make_node(op_type, inputs, outputs, name=name, domain=domain, **attributes))
+        self.produced.update(outputs)
+        return outputs[0]
+
+    def constant(self, value: object, dtype: type = np.int64) -> str:
+        """A small constant, written into the graph once."""
+        array = np.asarray(value, dtype)
+        name = f"constant/{array.dtype}/{array.tolist()}"
+        self.initializers.setdefault(name, numpy_helper.from_array(array, name))
+        return name
+
+    def stored(self, name: str, shape: tuple[int, ...] | None = None) -> str:
+        """A tensor of the weights as it is stored, seen with another shape of as many bytes if one is given."""
+        tensor = self.weights[name]
+        proto = TensorProto(name=name, data_type=_STORED_TYPES[tensor.entry.dtype])
+        proto.dims.extend(shape or tensor.entry.shape)
+        proto.data_location = TensorProto.EXTERNAL
+        place = {"location": tensor.location, "offset": tensor.entry.offset, "length": tensor.entry.length}
+        for key, value in place.items():
+            proto.external_data.add(key=key, value=str(value))
+        self.initializers.setdefault(name, proto)
+        return name
+
+    def parameter(self, name: str, shape: tuple[int, ...] | None = None) -> str:
+        """A tensor of the weights in float32."""
+        stored = self.stored(name, shape)
+        if self.weights[name].entry.dtype == "F32":
+            return stored
+        cast = f"{name}/Cast"
+        if cast not in self.produced:
+            self.node("Cast", stored, name=name, to=TensorProto.FLOAT)
+        return cast
+
+    # the verbs
+
+    def linear(self, x: str, name: str, out: int, bias: bool = True) -> str:
+        weight = self.node("Transpose", self.parameter(f"{name}.weight"), name=name, perm=[1, 0])
+        return self._add_bias(self.node("MatMul", x, weight, name=name), name, bias)
+
+    def embedding(self, ids: str, name: str, rows: int, width: int) -> str:
+        return self.node("Gather", self.parameter(f"{name}.weight"), ids, name=name)
+
+    def patch_embedding(self, pixel_values: str, name: str, patch: int, width: int) -> str:
+        weight, bias = self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")
+        x = self.node("Conv", pixel_values, weight, bias, name=name, strides=[patch, patch])
+        return self.node("Transpose", self._reshape(x, 0, width, -1), name=name, perm=[0, 2, 1])
+
+    def position_embedding(self, x: str, name: str) -> str:
+        return self.node("Add", x, self.parameter(f"{name}.weight"), name=name)
+
+    def layer_norm(self, x: str, name: str, eps: float) -> str:
+        weight, bias = self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")
+        return self.node("LayerNormalization", x, weight, bias, name=name, epsilon=eps)
+
+    def rms_norm(self, x: str, name: str, eps: float) -> str:
+        square = self.node("Pow", x, self.constant(2, np.float32), name=name)
+        mean = self.node("ReduceMean", square, self.constant([-1]), name=name)
+        root = self.node("Sqrt", self.node("Add", mean, self.constant(eps, np.float32), name=name), name=name)
+        return self.node("Mul", self.node("Div", x, root, name=name), self.parameter(f"{name}.weight"), name=name)
+
+    def gelu(self, x: str, approximate: Literal["none", "tanh"]) -> str:
+        return self.node("Gelu", x, approximate=approximate)
+
+    def silu(self, x: str) -> str:
+        return self.node("Mul", x, self.node("Sigmoid", x))
+
+    def add(self, a: str, b: str) -> str:
+        return self.node("Add", a, b)
+
+    def mul(self, a: str, b: str) -> str:
+        return self.node("Mul", a, b)
+
+    def space_to_depth(self, x: str, grid: int, block: int, order: TokenOrder) -> str:
+        width = self.bindings.inputs[0].shape[-1]
+        assert isinstance(width, int)
+        side = -(-grid // block)
+        missing = side * block - grid
+        x = self._reshape(x, -1, grid, grid, width)
+        if missing:
+            x = self.node("Pad", x, self.constant([0, 0, 0, 0, 0, missing, missing, 0]))
+        x = self._reshape(x, -1, side, block, side, block, width)
+        x = self.node("Transpose", x, perm=[0, 1, 3, 2, 4, 5] if order == "row_major" else [0, 3, 1, 2, 4, 5])
+        return self._reshape(x, -1, side * side, block * block * width)
+
+    def attention(self, q: str, k: str, v: str, heads: Heads) -> str:
+        assert heads.query == heads.key_value, heads
+        q, k, v = (self._split(x, heads.query, heads.dim, perm) for x, perm in ((q, 1), (k, 3), (v, 1)))
+        scores = self.node("Mul", self.node("MatMul", q, k), self.constant(1 / math.sqrt(heads.dim), np.float32))
+        mixed = self.node("MatMul", self.node("Softmax", scores, axis=-1), v)
+        return self._reshape(self.node("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, heads.query * heads.dim)
+
+    def cached_attention(self, q: str, k: str, v: str, heads: Heads, rope_theta: float, layer: int) -> str:
+        raise TypeError("how a kv_cache is kept is a dialect's own: use one of its subclasses")
+
+    # pieces of verbs
+
+    def _add_bias(self, x: str, name: str, bias: bool) -> str:
+        return self.node("Add", x, self.parameter(f"{name}.bias"), name=name) if bias else x
+
+    def _reshape(self, x: str, *shape: int) -> str:
+        return self.node("Reshape", x, self.constant(shape))
+
+    def _split(self, x: str, heads: int, dim: int, width_axis: int) -> str:
+        """[N, P, H * dim] to [N, H, P, dim], or to [N, H, dim, P] for keys."""
+        perm = [0, 2, 1, 3] if width_axis == 1 else [0, 2, 3, 1]
+        return self.node("Transpose", self._reshape(x, 0, 0, heads, dim), perm=perm)
+
+
+def _value_info(binding: Binding) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(binding.name, _ONNX_TYPES[binding.dtype], list(binding.shape))

@@ -1,0 +1,141 @@
+"""The only door to the disk for what is made to last: whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vila_edge.errors import InputError, UsageError, VilaEdgeError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on the disk. Raises VilaEdgeError if it cannot be written."""
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside `path` and put it in its place: readers see the old one or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_bytes(beside, data)
+        beside.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one way a JSON file is written here: sorted keys, two blanks, a newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which appears as `target` when the block ends well and never exists half made.
+
+    Raises UsageError if `target` exists, unless `replace`: then the old one stays until the new is whole.
+    """
+    if os.path.lexists(target) and not replace:
+        raise UsageError(f"{target} exists already", "choose another place, or say --force to replace it")
+    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+    except OSError as error:
+        raise _cannot_write(target, error) from None
+    try:
+        yield staging
+        for folder, _, _ in os.walk(staging):
+            _sync_folder(Path(folder))
+        _move_into_place(staging, target)
+    except OSError as error:
+        raise _cannot_write(target, error) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file's content. Raises InputError if it is missing, not regular or over `limit` bytes."""
+    try:
+        with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if len(data) > limit:
+        raise InputError(f"{path}: larger than {limit:,} bytes, which is more than such a file has")
+    return data
+
+
+def read_json(path: Path, limit: int = 8 << 20) -> dict[str, Any]:
+    """A JSON object. Raises InputError if the file is not one."""
+    try:
+        value = json.loads(read_bytes(path, limit))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """A descriptor of a regular file; never a link, a device or a pipe. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(0, "not a regular file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a regular file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    buffer = bytearray(1 << 20)
+    with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False, buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:size])
+    return digest.hexdigest()
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    retired = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if os.path.lexists(target):
+        target.rename(retired)
+    staging.rename(target)
+    _sync_folder(target.parent)
+    if retired.is_dir() and not retired.is_symlink():
+        shutil.rmtree(retired)
+    else:
+        retired.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> VilaEdgeError:
+    free = ""
+    with contextlib.suppress(OSError):
+        free = f"{shutil.disk_usage(path.parent).free >> 20:,} MiB are free there"
+    return VilaEdgeError(f"cannot write {path}: {error.strerror or error}", free)

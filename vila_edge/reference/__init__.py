@@ -1,0 +1,1 @@
+"""Slow, exact interpreters: what the graphs and kernels are measured against."""

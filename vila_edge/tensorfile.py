@@ -1,0 +1,83 @@
+"""A safetensors file whose tensors stay on the disk: names, shapes, places, and arrays mapped on demand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from vila_edge import fsio
+from vila_edge.errors import InputError
+
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # numpy has no bfloat16: the upper half of a float32
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies in its file: `length` bytes from byte `offset`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+class TensorFile:
+    """The tensors of one file, by name."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError if the file is missing, damaged or holds a type that is not understood."""
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):  # the library checks the header against the file
+                pass
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+        header.pop("__metadata__", None)
+        self.entries: dict[str, TensorEntry] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise InputError(f"{path}: tensor {name!r} is of type {entry['dtype']}, which is not understood")
+            begin, end = entry["data_offsets"]
+            self.entries[name] = TensorEntry(entry["dtype"], tuple(entry["shape"]), 8 + size + begin, end - begin)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A tensor as it is stored, mapped and not read; bfloat16 as the bits of uint16."""
+        entry = self.entries[name]
+        dtype = DTYPES[entry.dtype]
+        if not entry.length:
+            return np.zeros(entry.shape, dtype)
+        return np.memmap(self.path, dtype, "r", entry.offset, entry.shape)
+
+    def float32(self, name: str) -> NDArray[np.float32]:
+        """A tensor of floats, read and widened to float32."""
+        stored = self.array(name)
+        if self.entries[name].dtype == "BF16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float32)
+
+
+def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    """A new safetensors file. The same tensors give the same bytes."""
+    fsio.write_bytes(path, save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))

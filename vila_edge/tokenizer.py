@@ -1,0 +1,59 @@
+"""Text to ids and back, with the `tokenizers` library alone: no transformers on the device."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.decoders import DecodeStream
+
+from vila_edge.errors import InputError
+
+
+class Tokenizer:
+    """A `tokenizer.json`. Special tokens in text stay text: only `token_id` gives their ids."""
+
+    def __init__(self, tokenizer_json: str, source: str = "tokenizer.json") -> None:
+        """Raises InputError if `tokenizer_json` is not a tokenizer."""
+        try:
+            self._backend = Backend.from_str(tokenizer_json)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{source}: not a tokenizer: {error}") from None
+        self._backend.encode_special_tokens = True
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self.encode = lru_cache(maxsize=4096)(self._encode)
+        self.prefix = tuple(self._backend.encode("").ids)  # what the tokenizer puts first: () or (bos,)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Ids of `text` alone, without a leading bos."""
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def token_id(self, token: str) -> int:
+        """Id of a token of the vocabulary. Raises InputError if there is none."""
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise InputError(f"the tokenizer has no token {token!r}")
+        return int(found)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=True))
+
+    def stream(self) -> StreamDecoder:
+        return StreamDecoder(self._backend)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+
+class StreamDecoder:
+    """Ids to text, piece by piece: a character that is not complete yet is held back."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with this token, possibly none."""
+        return self._stream.step(self._backend, token) or ""
