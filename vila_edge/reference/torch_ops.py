@@ -67,9 +67,7 @@ class TorchOps:
         q, k, v = _split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)
         return _merge(F.scaled_dot_product_attention(q, k, v))
 
-    def cached_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, rope_theta: float, layer: int
-    ) -> Tensor:
+    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, rope_theta: float, layer: int) -> Tensor:
         q, k, v = _split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)
         past = self.kv_cache[layer][0].shape[2] if layer in self.kv_cache else 0
         total = past + q.shape[2]
