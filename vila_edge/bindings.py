@@ -22,6 +22,10 @@ class Binding:
     dtype: Literal["float32", "int32", "int64"]
     shape: tuple[Dimension, ...]
 
+    def sized(self, **dimensions: int) -> tuple[int, ...]:
+        """The shape with a number for each dimension that varies."""
+        return tuple(dimensions[d] if isinstance(d, str) else d for d in self.shape)
+
 
 @dataclass(frozen=True)
 class GraphBindings:

@@ -50,8 +50,7 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
     Raises UsageError if `target` exists, unless `replace`: then the old one stays until the new is whole.
     """
-    if os.path.lexists(target) and not replace:
-        raise UsageError(f"{target} exists already", "choose another place, or say --force to replace it")
+    check_absent(target, replace)
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +66,12 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         raise _cannot_write(target, error) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_absent(target: Path, replace: bool) -> None:
+    """Raises UsageError if `target` exists and is not to be replaced."""
+    if os.path.lexists(target) and not replace:
+        raise UsageError(f"{target} exists already", "choose another place, or say --force to replace it")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -35,5 +35,5 @@ def detect(config: Mapping[str, Any], llm_config: Mapping[str, Any], source: str
     raise ConfigError(
         f"{source}: cannot tell the era of this checkpoint (transformers_version {version!r}, llm of type {family!r}): "
         "only VILA1.5 with a LLaMA is understood by this version",
-        f"if it is one, say so in {source}: \"{PROFILE_KEY}\": {dataclasses.asdict(VILA_1_5)}".replace("'", '"'),
+        f'if it is one, say so in {source}: "{PROFILE_KEY}": {dataclasses.asdict(VILA_1_5)}'.replace("'", '"'),
     )

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 from vila_edge import fsio
 from vila_edge.errors import InputError
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
