@@ -23,6 +23,7 @@ class Timings:
     cached_tokens: int = 0  # of prompt_tokens, those that were in the kv_cache already
     image_tokens: int = 0
     new_tokens: int = 0
+    decode_steps: int = 0  # calls that decode_ms counts: the first token comes from prefill, the last may be a stop
 
     @property
     def ttft_ms(self) -> float:
@@ -31,8 +32,8 @@ class Timings:
 
     @property
     def tokens_per_s(self) -> float:
-        """Rate of decode: the first token belongs to prefill."""
-        return (self.new_tokens - 1) / self.decode_ms * 1e3 if self.new_tokens > 1 else 0.0
+        """Rate of decode, 0 if one token was enough."""
+        return self.decode_steps / self.decode_ms * 1e3 if self.decode_steps else 0.0
 
     def as_dict(self) -> dict[str, float | int]:
         values = dataclasses.asdict(self) | {"ttft_ms": self.ttft_ms, "tokens_per_s": self.tokens_per_s}

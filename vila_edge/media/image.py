@@ -23,6 +23,7 @@ MAX_BYTES = 64 << 20
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 16_384
 
+
 @dataclass(frozen=True)
 class RgbImage:
     """pixels [H, W, 3] uint8, and where they came from, for people."""
