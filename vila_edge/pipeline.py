@@ -61,7 +61,15 @@ class Reply:
 class Pipeline:
     """A model ready to answer."""
 
-    def __init__(self, name: str, config: VilaConfig, tokenizer: Tokenizer, engine: Engine, context: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: VilaConfig,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        context: int = 0,
+        bundle_digest: str = "",
+    ) -> None:
         """`context`: positions of a conversation, at most (and by default) what the model was made for.
 
         Raises UsageError if it is out of range.
@@ -71,6 +79,7 @@ class Pipeline:
             raise UsageError(f"a context of {context} positions: this model has 1 to {longest:,}")
         self.name, self.config, self.tokenizer, self.engine = name, config, tokenizer, engine
         self.context = context or longest
+        self.bundle_digest = bundle_digest
         self.stop_ids = frozenset({tokenizer.token_id(get_template(config.profile.template).stop)})
         self._image_cache = ImageCache()
 
@@ -78,9 +87,7 @@ class Pipeline:
         """The empty kv_cache of a new conversation."""
         return Prefix(self.engine.new_cache(self.context))
 
-    def generate(
-        self, prompt: str, images: Sequence[ImageSource] = (), sampling: Sampling | None = None
-    ) -> Reply:
+    def generate(self, prompt: str, images: Sequence[ImageSource] = (), sampling: Sampling | None = None) -> Reply:
         """The whole answer to one prompt. `<image>` in it places an image; without marks, the images go first."""
         return self.stream([Turn("user", place_images(prompt, len(images)))], images, sampling).finish()
 
@@ -139,6 +146,7 @@ class Pipeline:
             with reply.timings.measure("decode_ms"):
                 logits = self.engine.forward(self.engine.embed_tokens([token]), prefix.cache)[0]
                 prefix.keys.append(token)
+            reply.timings.decode_steps += 1
         reply.finish_reason = "cancelled"
 
     def _keys(self, chunks: Sequence[Chunk], pictures: Sequence[RgbImage]) -> list[Hashable]:
@@ -163,17 +171,19 @@ class Pipeline:
 
     def _image_embeds(self, pictures: Sequence[RgbImage], timings: Timings) -> list[FloatArray]:
         """image_embeds [T, D] of each picture; those seen before are not encoded again."""
-        found = {picture.sha256: self._image_cache.get(picture.sha256) for picture in pictures}
+        found: list[FloatArray] = []
         for picture in pictures:
-            if found[picture.sha256] is None:
+            image_embeds = self._image_cache.get(picture.sha256)
+            if image_embeds is None:
                 with timings.measure("preprocess_ms"):
                     pixel_values = preprocess([picture], self.config.preprocess)
                 with timings.measure("vision_ms"):
                     features = self.engine.encode_images(pixel_values)
                 with timings.measure("projector_ms"):
-                    found[picture.sha256] = self.engine.project(features)[0]
-                self._image_cache.put(picture.sha256, found[picture.sha256])
-        return [found[picture.sha256] for picture in pictures]
+                    image_embeds = self.engine.project(features)[0]
+                self._image_cache.put(picture.sha256, image_embeds)
+            found.append(image_embeds)
+        return found
 
     def _inputs_embeds(self, chunks: Sequence[Chunk], image_embeds: Sequence[FloatArray]) -> FloatArray:
         """The whole sequence [S, D]: embeddings of the text, and image_embeds in the slots."""
@@ -194,7 +204,8 @@ def load(
     """
     opened = Bundle.open(bundle)
     tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"))
-    return Pipeline(opened.name, opened.config, tokenizer, _engine(opened, backend, threads), context)
+    engine = _engine(opened, backend, threads)
+    return Pipeline(opened.manifest.name, opened.config, tokenizer, engine, context, opened.manifest.digest)
 
 
 def _engine(bundle: Bundle, backend: str, threads: int | None) -> Any:

@@ -30,9 +30,9 @@ class OnnxruntimeCache:
     def __init__(self, layout: Sequence[bindings.Binding], capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        shapes = {b.name: [capacity if d == "capacity" else d for d in b.shape] for b in layout}
         self.buffers = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name, shape in shapes.items()
+            binding.name: ort.OrtValue.ortvalue_from_numpy(np.zeros(binding.sized(capacity=capacity), np.float32))
+            for binding in layout
         }
 
     def truncate(self, length: int) -> None:

@@ -80,7 +80,7 @@ def numpy_engine(cfg: VilaConfig, params: Mapping[str, NDArray[Any]]) -> Referen
 def bundle_parameters(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """Every parameter of a bundle as the float32 array that it stands for."""
     stored: dict[str, TensorFile] = {}
-    for name in bundle.manifest["files"]:
+    for name in bundle.manifest.files:
         if name.startswith(f"{WEIGHTS}/"):
             file = TensorFile(bundle.file(name))
             stored |= dict.fromkeys(file.entries, file)
