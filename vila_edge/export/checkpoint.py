@@ -1,12 +1,11 @@
 """A trained VILA on the disk, in the VILA1.5 layout: one config, three folders of safetensors.
 
-    config.json   llm/   vision_tower/   mm_projector/
+config.json   llm/   vision_tower/   mm_projector/
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from vila_edge.config import (
     VilaConfig,
     VisionConfig,
 )
-from vila_edge.errors import CheckpointError, ConfigError, InputError
+from vila_edge.errors import CheckpointError, InputError
 from vila_edge.parameters import component, parameter_shapes
 from vila_edge.tensorfile import TensorFile
 
@@ -97,17 +96,17 @@ def read_config(path: Path) -> VilaConfig:
     """The whole configuration of the checkpoint in `path`. Raises ConfigError that names file and field."""
     root = _json(path / "config.json")
     llm = _json(path / "llm" / "config.json")
-    fields = Fields(root, str(path / "config.json"))
+    fields = _fields(path)
     select_layer = fields.choice("mm_vision_select_layer", -2, default=-2)
     fields.choice("mm_vision_select_feature", "cls_patch", default="cls_patch")
     fields.fixed(s2=False, mm_use_im_start_end=False, mm_use_im_patch_token=False, vision_resolution=-1)
-    tower = _vision_config(Fields(*_source(path / "vision_tower" / "config.json")), select_layer)
+    tower = _vision_config(_fields(path / "vision_tower"), select_layer)
     return VilaConfig(
         tower,
-        _projector_config(Fields(*_source(path / "mm_projector" / "config.json"))),
-        _llm_config(Fields(llm, str(path / "llm" / "config.json"))),
+        _projector_config(_fields(path / "mm_projector")),
+        _llm_config(_fields(path / "llm")),
         _preprocess_config(
-            Fields(*_source(path / "vision_tower" / "preprocessor_config.json")),
+            _fields(path / "vision_tower", "preprocessor_config.json"),
             fields.choice("image_aspect_ratio", "resize"),
             tower.image_size,
         ),
@@ -131,7 +130,6 @@ def _vision_config(fields: Fields, select_layer: int) -> VisionConfig:
     # The pooling head is behind the layer that is selected.
     fields.ignore("attention_dropout", "vision_use_head", "projection_dim", "projector_hidden_act", *_INERT)
     fields.finish()
-    _divides(fields, cfg.num_attention_heads, cfg.hidden_size, "num_attention_heads", "hidden_size")
     return cfg
 
 
@@ -150,8 +148,6 @@ def _llm_config(fields: Fields) -> LlmConfig:
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
     rope.finish()
     hidden_size, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    if "head_dim" not in fields.data:
-        _divides(fields, heads, hidden_size, "num_attention_heads", "hidden_size")
     cfg = LlmConfig(
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
@@ -171,7 +167,6 @@ def _llm_config(fields: Fields) -> LlmConfig:
     )
     fields.ignore("attention_dropout", "tokenizer_padding_side", "use_cache", *_INERT)
     fields.finish()
-    _divides(fields, cfg.num_key_value_heads, heads, "num_key_value_heads", "num_attention_heads")
     return cfg
 
 
@@ -204,11 +199,6 @@ _INERT = (
 )
 
 
-def _divides(fields: Fields, part: int, whole: int, part_name: str, whole_name: str) -> None:
-    if whole % part:
-        raise ConfigError(f"{fields.source}: {whole_name!r} {whole} is not a multiple of {part_name!r} {part}")
-
-
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing from the checkpoint")
@@ -218,8 +208,8 @@ def _json(path: Path) -> dict[str, Any]:
         raise CheckpointError(error.message) from None
 
 
-def _source(path: Path) -> tuple[Mapping[str, Any], str]:
-    return _json(path), str(path)
+def _fields(folder: Path, name: str = "config.json") -> Fields:
+    return Fields(_json(folder / name), str(folder / name))
 
 
 def _tensors(folder: Path, prefix: str) -> list[tuple[str, TensorFile]]:
@@ -248,4 +238,3 @@ def _tensors(folder: Path, prefix: str) -> list[tuple[str, TensorFile]]:
 
 def _stored_name(name: str) -> str:
     return name.partition(".")[2]
-

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vila_edge import __version__
@@ -89,7 +90,7 @@ class GraphOps:
 
     def constant(self, value: object, dtype: type = np.int64) -> str:
         """A small constant, written into the graph once."""
-        array = np.asarray(value, dtype)
+        array: NDArray[Any] = np.asarray(value, dtype)
         name = f"constant/{array.dtype}/{array.tolist()}"
         self.initializers.setdefault(name, numpy_helper.from_array(array, name))
         return name

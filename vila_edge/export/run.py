@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.graph_ops import StoredTensor
 from vila_edge.export.graphs import write_graphs
 from vila_edge.export.onnxruntime_ops import ROPE_COS, ROPE_SIN
-from vila_edge.export.verify import parity_report
+from vila_edge.export.verify import MIN_COSINE, MIN_COSINE_INT4, parity_report
 from vila_edge.parameters import component, is_quantised
 from vila_edge.tensorfile import TensorFile, write_tensors
 from vila_edge.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ class Recipe:
     quantization: Quantization = "int4"
     group_size: int = 128
     calibration: Path | None = None  # a folder of samples; None takes the built-in ones
+    name: str = ""  # of the model; by default the checkpoint's folder
     license_note: str = ""
 
 
@@ -56,6 +57,7 @@ def export_bundle(
     Raises CheckpointError, ConfigError or InputError for what cannot be read, UsageError for a recipe that does
     not fit the model, ParityError if the result does not compute what the checkpoint does.
     """
+    fsio.check_absent(bundle_path, replace)
     progress("read", 0, 1)
     checkpoint = Checkpoint(checkpoint_path)
     cfg = checkpoint.config
@@ -76,10 +78,10 @@ def export_bundle(
         fsio.write_bytes(folder / TOKENIZER, checkpoint.tokenizer_json().encode())
         progress("write", 1, 1)
 
-        def seal(parity: Mapping[str, Any]) -> None:
+        def seal(parity: dict[str, Any]) -> None:
             write_manifest(
                 folder,
-                name=checkpoint_path.resolve().name,
+                name=recipe.name or checkpoint_path.resolve().name,
                 config=cfg,
                 quantization=_quantization(recipe),
                 provenance=_provenance(checkpoint, samples),
@@ -90,7 +92,8 @@ def export_bundle(
         progress("verify", 0, 1)
         seal({})
         engine = OnnxruntimeEngine(Bundle.open(folder))
-        seal(parity_report(samples.held_out, cfg, tokenizer, torch_params, engine))
+        llm_min_cosine = MIN_COSINE_INT4 if recipe.quantization == "int4" else MIN_COSINE
+        seal(parity_report(samples.held_out, cfg, tokenizer, torch_params, engine, llm_min_cosine))
         progress("verify", 1, 1)
     return Bundle.open(bundle_path)
 
@@ -153,7 +156,7 @@ def _write_weights(folder: Path, tensors: Tensors) -> dict[str, StoredTensor]:
         part = "embed_tokens" if name.startswith(architecture.EMBED_TOKENS) else component(name)
         files.setdefault(f"{part}.safetensors", {})[name] = values
     (folder / WEIGHTS).mkdir()
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for file_name, content in files.items():
         write_tensors(folder / WEIGHTS / file_name, content)
         entries = TensorFile(folder / WEIGHTS / file_name).entries
