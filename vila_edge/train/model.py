@@ -6,6 +6,8 @@ an oracle for our architecture that is not ours.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,20 +43,18 @@ class MultimodalProjector(nn.Module):
 
 
 class Vila(nn.Module):
-    """vision_tower, mm_projector and llm; `state_dict` names map to the checkpoint's by `checkpoint`."""
+    """vision_tower, mm_projector and llm, with the parameters of a VilaConfig."""
 
     def __init__(self, cfg: VilaConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.vision_tower = SiglipVisionModel(vision_config(cfg.vision_tower))
+        self.vision_tower = SiglipVisionModel(SiglipVisionConfig(**vision_config(cfg.vision_tower)))
         self.mm_projector = MultimodalProjector(cfg)
-        self.llm = LlamaForCausalLM(llm_config(cfg.llm))
+        self.llm = LlamaForCausalLM(LlamaConfig(**llm_config(cfg.llm)))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [N, 3, H, W] to image_features [N, P, D_vision]."""
-        states = self.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        features: Tensor = states[self.cfg.vision_tower.select_layer]
-        return features
+        return select_features(self.vision_tower, pixel_values, self.cfg.vision_tower)
 
     def inputs_embeds(self, input_ids: Tensor, image_embeds: Tensor) -> Tensor:
         """input_ids [B, S] with IMAGE_TOKEN_INDEX, image_embeds [N, T, D] in order: [B, S, D]."""
@@ -74,33 +74,47 @@ class Vila(nn.Module):
         return F.cross_entropy(self.llm.lm_head(hidden[learnt]).float(), targets[learnt])
 
 
-def vision_config(cfg: VisionConfig) -> SiglipVisionConfig:
-    return SiglipVisionConfig(
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_hidden_layers,
-        num_attention_heads=cfg.num_attention_heads,
-        image_size=cfg.image_size,
-        patch_size=cfg.patch_size,
-        layer_norm_eps=cfg.layer_norm_eps,
-        hidden_act="gelu_pytorch_tanh",
-        vision_use_head=False,
-    )
+def select_features(tower: nn.Module, pixel_values: Tensor, cfg: VisionConfig) -> Tensor:
+    """pixel_values [N, 3, H, W] to the hidden states [N, P, D_vision] that a VILA looks at."""
+    features: Tensor = tower(pixel_values, output_hidden_states=True).hidden_states[cfg.select_layer]
+    return features
 
 
-def llm_config(cfg: LlmConfig) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=cfg.hidden_size,
-        intermediate_size=cfg.intermediate_size,
-        num_hidden_layers=cfg.num_hidden_layers,
-        num_attention_heads=cfg.num_attention_heads,
-        num_key_value_heads=cfg.num_key_value_heads,
-        head_dim=cfg.head_dim,
-        vocab_size=cfg.vocab_size,
-        max_position_embeddings=cfg.context_length,
-        rms_norm_eps=cfg.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        tie_word_embeddings=cfg.tie_word_embeddings,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+def vision_config(cfg: VisionConfig) -> dict[str, Any]:
+    """The tower's config.json."""
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": cfg.hidden_size,
+        "image_size": cfg.image_size,
+        "intermediate_size": cfg.intermediate_size,
+        "layer_norm_eps": cfg.layer_norm_eps,
+        "num_attention_heads": cfg.num_attention_heads,
+        "num_channels": 3,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "patch_size": cfg.patch_size,
+        "vision_use_head": False,
+    }
+
+
+def llm_config(cfg: LlmConfig) -> dict[str, Any]:
+    """The LLM's config.json."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.intermediate_size,
+        "max_position_embeddings": cfg.context_length,
+        "num_attention_heads": cfg.num_attention_heads,
+        "num_hidden_layers": cfg.num_hidden_layers,
+        "num_key_value_heads": cfg.num_key_value_heads,
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "tie_word_embeddings": cfg.tie_word_embeddings,
+        "vocab_size": cfg.vocab_size,
+    }
