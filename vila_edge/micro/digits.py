@@ -28,9 +28,8 @@ class Digits:
         return len(self.labels)
 
     def picture(self, index: int) -> Image.Image:
-        """The scan as an RGB image of SIDE x SIDE, light ink on a dark ground."""
-        scan = Image.fromarray(self.scans[index])
-        return scan.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        """The scan as a grey image of SIDE x SIDE, light ink on a dark ground."""
+        return Image.fromarray(self.scans[index]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
     def by_label(self) -> list[list[int]]:
         """For each digit 0..9 the indices of its scans."""
@@ -50,9 +49,7 @@ def load_splits() -> Splits:
     data: Any = load_digits()
     scans = np.round(data.images * (255 / 16)).astype(np.uint8)
     labels = data.target.astype(np.int64)
-    rest, test = train_test_split(
-        np.arange(len(labels)), test_size=TEST_SIZE, stratify=labels, random_state=SPLIT_SEED
-    )
+    rest, test = train_test_split(np.arange(len(labels)), test_size=TEST_SIZE, stratify=labels, random_state=SPLIT_SEED)
     train, validation = train_test_split(
         rest, test_size=VALIDATION_SIZE, stratify=labels[rest], random_state=SPLIT_SEED
     )
@@ -63,7 +60,7 @@ def augment(picture: Image.Image, rng: random.Random) -> Image.Image:
     """Turned by up to 10 degrees, moved by up to 8 %, scaled by up to 10 %."""
     side = picture.width
     angle, scale = rng.uniform(-10, 10), rng.uniform(0.9, 1.1)
-    shift = (rng.uniform(-0.08, 0.08) * side, rng.uniform(-0.08, 0.08) * side)
+    shift = (round(rng.uniform(-0.08, 0.08) * side), round(rng.uniform(-0.08, 0.08) * side))
     turned = picture.rotate(angle, Image.Resampling.BILINEAR, translate=shift)
     margin = side * (1 - 1 / scale) / 2
     box = (margin, margin, side - margin, side - margin)

@@ -140,7 +140,7 @@ def text_document(rng: random.Random) -> Document:
     """One document of the LLM's own corpus."""
     if rng.random() < 0.06:
         return as_text(fact(rng))
-    return as_text(number_document(rng, SEEN_LABELS + HELD_LABELS))
+    return as_text(number_document(rng, rng.choice((SEEN_LABELS, HELD_LABELS))))
 
 
 def interleaved_document(rng: random.Random) -> Document:

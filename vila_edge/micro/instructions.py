@@ -1,4 +1,4 @@
-"""Conversations about digits: questions, answers, and few-shot episodes."""
+"""Conversations about digits: questions, answers, follow-ups and few-shot episodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vila_edge.micro.words import CAPITALS, COLOURS, DIGITS, HELD_LABELS, NUMBERS, ORDINALS, SEEN_LABELS
+from vila_edge.micro.words import CAPITALS, COLOURS, DIGITS, HELD_LABELS, NUMBERS, SEEN_LABELS
 from vila_edge.prompt import IMAGE_MARK
 
 
@@ -19,71 +19,118 @@ class Exchange:
     answer: str
 
 
-def with_images(text: str, digits: Sequence[int], answer: str) -> Exchange:
-    """The images first, each with its newline: where a prompt without marks puts them."""
-    return Exchange(f"{IMAGE_MARK}\n" * len(digits) + text, tuple(digits), answer)
+@dataclass(frozen=True)
+class Question:
+    """What can be asked about images of digits: wordings, the answer, and for how many images."""
+
+    wordings: tuple[str, ...]
+    answer: Callable[[Sequence[int]], str]
+    images: tuple[int, int]  # fewest and most
+    weight: float
+    all_different: bool = False
+    twins: float = 0.0  # share in which all images show one digit
+
+    def draw(self, rng: random.Random) -> tuple[int, ...]:
+        """Digits to ask about."""
+        count = rng.randint(*self.images)
+        if rng.random() < self.twins:
+            return (rng.randrange(10),) * count
+        if self.all_different:
+            return tuple(rng.sample(range(10), count))
+        return tuple(rng.randrange(10) for _ in range(count))
+
+    def ask(self, rng: random.Random) -> Exchange:
+        """The images go first, as in a prompt without marks, unless the wording places them."""
+        digits, wording = self.draw(rng), rng.choice(self.wordings)
+        lead = "" if IMAGE_MARK in wording else f"{IMAGE_MARK}\n" * len(digits)
+        return Exchange(lead + wording, digits, self.answer(digits))
 
 
-def naming(rng: random.Random, text: str | None = None) -> Exchange:
-    digit = rng.randrange(10)
-    text = text or rng.choice(NAMING)
-    return with_images(text, [digit], DIGITS[digit])
+QUESTIONS = {
+    "naming": Question(
+        (
+            "What digit is this?",
+            "Which digit is shown?",
+            "What number is in the image?",
+            "What is in the image?",
+            "Name the digit.",
+        ),
+        lambda digits: DIGITS[digits[0]],
+        images=(1, 1),
+        weight=0.16,
+    ),
+    "sum": Question(
+        (
+            "What is the sum?",
+            "What is the sum of the digits?",
+            "What is the sum of the two digits?",
+            "Add the digits.",
+            f"What is {IMAGE_MARK} plus {IMAGE_MARK}?",
+        ),
+        lambda digits: NUMBERS[sum(digits)],
+        images=(2, 2),
+        weight=0.24,
+    ),
+    "compare": Question(
+        ("Which image shows the larger digit?", "Which digit is larger?", "Which image is larger?"),
+        lambda digits: "the first" if digits[0] > digits[1] else "the second",
+        images=(2, 2),
+        weight=0.18,
+        all_different=True,
+    ),
+    "largest": Question(
+        ("What is the largest digit?",), lambda digits: DIGITS[max(digits)], images=(2, 4), weight=0.04
+    ),
+    "smallest": Question(
+        ("What is the smallest digit?",), lambda digits: DIGITS[min(digits)], images=(2, 4), weight=0.04
+    ),
+    "same": Question(
+        ("Do the images show the same digit?",),
+        lambda digits: "yes" if digits[0] == digits[1] else "no",
+        images=(2, 2),
+        weight=0.08,
+        twins=0.45,
+    ),
+    "parity": Question(
+        ("Is the digit even or odd?",),
+        lambda digits: "odd" if digits[0] % 2 else "even",
+        images=(1, 1),
+        weight=0.04,
+    ),
+    "successor": Question(
+        ("What comes after this digit?",), lambda digits: NUMBERS[digits[0] + 1], images=(1, 1), weight=0.04
+    ),
+    "count": Question(("How many images are there?",), lambda digits: NUMBERS[len(digits)], images=(1, 4), weight=0.04),
+    "list": Question(
+        ("List the digits.", "What digits are shown?", "Which digits are these?"),
+        lambda digits: " ".join(DIGITS[digit] for digit in digits),
+        images=(2, 4),
+        weight=0.08,
+    ),
+    "first": Question(("What is the first digit?",), lambda d: DIGITS[d[0]], images=(2, 4), weight=0.03),
+    "second": Question(("What is the second digit?",), lambda d: DIGITS[d[1]], images=(2, 4), weight=0.03),
+}
+ADDITIONS = ("What is {a} plus {b}?", "What is the sum of {a} and {b}?", "Add {a} and {b}.")
 
 
-def total(rng: random.Random, text: str | None = None) -> Exchange:
+def visual(rng: random.Random) -> Exchange:
+    """A question about one to four images."""
+    questions = list(QUESTIONS.values())
+    return rng.choices(questions, [question.weight for question in questions])[0].ask(rng)
+
+
+def follow_up(first: Exchange, rng: random.Random) -> Exchange:
+    """A second question about the images that were shown with the first."""
+    count = len(first.digits)
+    fitting = [q for q in QUESTIONS.values() if q.images[0] <= count <= q.images[1] and not q.all_different]
+    question = rng.choice(fitting)
+    wording = rng.choice([wording for wording in question.wordings if IMAGE_MARK not in wording])
+    return Exchange(wording, (), question.answer(first.digits))
+
+
+def addition(rng: random.Random) -> Exchange:
     a, b = rng.randrange(10), rng.randrange(10)
-    text = text or rng.choice(SUM)
-    if IMAGE_MARK in text:
-        return Exchange(text, (a, b), NUMBERS[a + b])
-    return with_images(text, [a, b], NUMBERS[a + b])
-
-
-def compare(rng: random.Random, text: str | None = None) -> Exchange:
-    a, b = rng.sample(range(10), 2)
-    return with_images(text or rng.choice(COMPARE), [a, b], "the first" if a > b else "the second")
-
-
-def largest(rng: random.Random) -> Exchange:
-    digits = rng.sample(range(10), rng.randint(2, 4))
-    word, pick = rng.choice((("largest", max), ("smallest", min)))
-    return with_images(f"What is the {word} digit?", digits, DIGITS[pick(digits)])
-
-
-def same(rng: random.Random) -> Exchange:
-    a, b = rng.randrange(10), rng.randrange(10)
-    b = a if rng.random() < 0.45 else b
-    return with_images("Do the images show the same digit?", [a, b], "yes" if a == b else "no")
-
-
-def parity(rng: random.Random) -> Exchange:
-    digit = rng.randrange(10)
-    return with_images("Is the digit even or odd?", [digit], "odd" if digit % 2 else "even")
-
-
-def successor(rng: random.Random) -> Exchange:
-    digit = rng.randrange(10)
-    return with_images("What comes after this digit?", [digit], NUMBERS[digit + 1])
-
-
-def count(rng: random.Random) -> Exchange:
-    digits = [rng.randrange(10) for _ in range(rng.randint(1, 4))]
-    return with_images("How many images are there?", digits, NUMBERS[len(digits)])
-
-
-def listing(rng: random.Random) -> Exchange:
-    digits = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
-    return with_images(rng.choice(LISTING), digits, " ".join(DIGITS[digit] for digit in digits))
-
-
-def nth(rng: random.Random) -> Exchange:
-    digits = [rng.randrange(10) for _ in range(rng.randint(2, 4))]
-    place = rng.randrange(len(digits))
-    return with_images(f"What is the {ORDINALS[place]} digit?", digits, DIGITS[digits[place]])
-
-
-def addition(rng: random.Random, text: str | None = None) -> Exchange:
-    a, b = rng.randrange(10), rng.randrange(10)
-    return Exchange((text or rng.choice(ADDITION)).format(a=DIGITS[a], b=DIGITS[b]), (), NUMBERS[a + b])
+    return Exchange(rng.choice(ADDITIONS).format(a=DIGITS[a], b=DIGITS[b]), (), NUMBERS[a + b])
 
 
 def text_only(rng: random.Random) -> Exchange:
@@ -104,15 +151,14 @@ def text_only(rng: random.Random) -> Exchange:
     return Exchange(f"What is the colour of {thing}?", (), colour)
 
 
-def few_shot(rng: random.Random, labels: Sequence[str], ways: int | None = None, shots: int = 0) -> Exchange:
+def few_shot(rng: random.Random, labels: Sequence[str], ways: int, more: int = 0) -> Exchange:
     """`<image>dax;<image>wug;...<image>`: examples of a map made up for this prompt, then the query.
 
-    Every class is shown once, and `shots` further examples follow.
+    Each of `ways` digits is shown once, and `more` further examples follow.
     """
-    ways = ways or rng.choice((2, 3, 4, 4))
     digits = rng.sample(range(10), ways)
     names = dict(zip(digits, rng.sample(list(labels), ways), strict=True))
-    shown = rng.sample(digits, ways) + rng.choices(digits, k=shots)
+    shown = rng.sample(digits, ways) + rng.choices(digits, k=more)
     query = rng.choice(digits)
     examples = "".join(f"{IMAGE_MARK}{names[digit]};" for digit in shown)
     return Exchange(examples + IMAGE_MARK, (*shown, query), names[query])
@@ -120,62 +166,24 @@ def few_shot(rng: random.Random, labels: Sequence[str], ways: int | None = None,
 
 def few_shot_in_words(rng: random.Random) -> Exchange:
     """The same game with number words in the place of images: the only one that has held labels."""
-    game = few_shot(rng, SEEN_LABELS + HELD_LABELS, shots=rng.randint(0, 3))
+    game = few_shot(rng, rng.choice((SEEN_LABELS, HELD_LABELS)), rng.choice(WAYS), rng.randint(0, 3))
     question = game.question
     for digit in game.digits:
         question = question.replace(IMAGE_MARK, f" {DIGITS[digit]} ", 1)
     return Exchange(question.strip(), (), game.answer)
 
 
-NAMING = (
-    "What digit is this?",
-    "Which digit is shown?",
-    "What number is in the image?",
-    "What is in the image?",
-    "Name the digit.",
-)
-SUM = (
-    "What is the sum?",
-    "What is the sum of the digits?",
-    "What is the sum of the two digits?",
-    "Add the digits.",
-    f"What is {IMAGE_MARK} plus {IMAGE_MARK}?",
-)
-COMPARE = (
-    "Which image shows the larger digit?",
-    "Which digit is larger?",
-    "Which image is larger?",
-)
-LISTING = ("List the digits.", "What digits are shown?", "Which digits are these?")
-ADDITION = ("What is {a} plus {b}?", "What is the sum of {a} and {b}?", "Add {a} and {b}.")
-
-VISUAL: tuple[tuple[float, Callable[[random.Random], Exchange]], ...] = (
-    (0.16, naming),
-    (0.24, total),
-    (0.18, compare),
-    (0.08, largest),
-    (0.08, same),
-    (0.04, parity),
-    (0.04, successor),
-    (0.04, count),
-    (0.08, listing),
-    (0.06, nth),
-)
+WAYS = (2, 3, 4, 4)
 
 
-def visual(rng: random.Random) -> Exchange:
-    """A question about one to four images."""
-    weights, kinds = zip(*VISUAL, strict=True)
-    return rng.choices(kinds, weights)[0](rng)
-
-
-def instruction(rng: random.Random, text_share: float = 0.18, few_shot_share: float = 0.14) -> Exchange:
-    """One exchange of the joint SFT mixture."""
+def conversation(rng: random.Random) -> list[Exchange]:
+    """One conversation of the joint SFT mixture: text only, few-shot, or about images."""
     kind = rng.random()
-    if kind < text_share:
-        return text_only(rng)
-    if kind < text_share + few_shot_share:
-        return few_shot(rng, SEEN_LABELS, shots=rng.randint(0, 3))
-    if kind < text_share + few_shot_share + 0.08:
-        return few_shot_in_words(rng)
-    return visual(rng)
+    if kind < 0.18:
+        return [text_only(rng)]
+    if kind < 0.26:
+        return [few_shot_in_words(rng)]
+    if kind < 0.46:
+        return [few_shot(rng, SEEN_LABELS, rng.choice(WAYS), rng.randint(0, 3))]
+    exchange = visual(rng)
+    return [exchange, follow_up(exchange, rng)] if rng.random() < 0.15 else [exchange]

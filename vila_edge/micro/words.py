@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-NUMBERS = (
-    "zero one two three four five six seven eight nine "
-    "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-).split()
+# fmt: off
+NUMBERS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+    "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+]
+# fmt: on
 DIGITS = NUMBERS[:10]
 ORDINALS = ["first", "second", "third", "fourth"]
 
 # Pseudo-words for label games. The seen ones stand beside images in training; the held ones stand
 # beside number words only, so that a label game with held words and images is new to the model.
-_LABELS = [onset + rime for rime in ("ax", "ug", "ep", "ib", "ol") for onset in "bdfgjklmnprstvwz"]
-HELD_LABELS = _LABELS[::5]
-SEEN_LABELS = [label for label in _LABELS if label not in HELD_LABELS]
+LABELS = [onset + rime for rime in ("ax", "ug", "ep", "ib", "ol") for onset in "bdfgjklmnprstvwz"]
+HELD_LABELS = LABELS[::5]
+SEEN_LABELS = [label for label in LABELS if label not in HELD_LABELS]
 
 NAMES = ["Tom", "Anna", "Ben", "Mia"]
 THINGS = ["apples", "books", "coins", "shells"]
