@@ -1,0 +1,55 @@
+"""The command line. One module per command; each imports its work when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+from vila_edge import __version__
+from vila_edge.cli.chat import chat
+from vila_edge.cli.console import print_error
+from vila_edge.cli.demo import demo
+from vila_edge.cli.export import export
+from vila_edge.errors import VilaEdgeError
+
+INTERRUPTED, OUT_OF_MEMORY = 130, 4
+
+app = typer.Typer(
+    name="vila-edge",
+    help="VILA visual language models on small machines: export a checkpoint to 4 bits, chat with images.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(export)
+app.command()(chat)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    """Options that stand before a command."""
+    if version:
+        print(f"vila-edge {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command. Errors that a user can act on come as one line and a hint, without a traceback."""
+    # A thread that waits for its turn must not keep a core busy; libgomp reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except VilaEdgeError as error:
+        if os.environ.get("VILA_EDGE_DEBUG"):
+            traceback.print_exc()
+        print_error(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except MemoryError:
+        print_error("out of memory", "use a shorter context (--ctx-size) or a smaller model")
+        sys.exit(OUT_OF_MEMORY)
