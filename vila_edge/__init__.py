@@ -6,12 +6,11 @@
 'the first'
 """
 
-__version__ = "0.1.0"
-
 from vila_edge.errors import VilaEdgeError
 from vila_edge.pipeline import Pipeline, Reply, load
 from vila_edge.prompt import Turn
 from vila_edge.sampler import Sampling
 from vila_edge.session import Session
+from vila_edge.version import __version__
 
 __all__ = ["Pipeline", "Reply", "Sampling", "Session", "Turn", "VilaEdgeError", "__version__", "load"]

@@ -158,7 +158,11 @@ def from_plain(kind: type[Config], data: object, source: str) -> Config:
         raise ConfigError(f"{source}: unknown field {unknown[0]!r}")
     if missing:
         raise ConfigError(f"{source}: field {missing[0]!r} is missing")
-    values = {name: _value(hint, data[name], f"{source}.{name}") for name, hint in hints.items()}
+    return _build(kind, source, {name: _value(hint, data[name], f"{source}.{name}") for name, hint in hints.items()})
+
+
+def _build(kind: type[Config], source: str, values: dict[str, Any]) -> Config:
+    """What `kind` refuses is said with the source of the values."""
     try:
         return kind(**values)
     except ConfigError as error:
@@ -197,12 +201,12 @@ def _check_divides(config: Any, part: str, whole: str) -> None:
 
 
 class Fields:
-    """A `config.json` of the ecosystem, being read: ask for each key, then `finish`.
+    """A `config.json` of the ecosystem, being read: ask for each key, then it is `done`.
 
     >>> fields = Fields({"hidden_size": 64, "hidden_act": "silu"}, "llm/config.json")
     >>> fields.integer("hidden_size"), fields.choice("hidden_act", "silu")
     (64, 'silu')
-    >>> fields.finish()
+    >>> fields.done()
     """
 
     def __init__(self, data: Mapping[str, Any], source: str) -> None:
@@ -257,7 +261,12 @@ class Fields:
         """Keys known not to change what is computed."""
         self.seen.update(names)
 
-    def finish(self) -> None:
+    def build(self, kind: type[Config], **values: Any) -> Config:
+        """The config made of what was read. Raises ConfigError if a key is left over, or a value is out of range."""
+        self.done()
+        return _build(kind, self.source, values)
+
+    def done(self) -> None:
         """Raises ConfigError if a key is left over."""
         for name in sorted(set(self.data) - self.seen):
             raise ConfigError(

@@ -8,12 +8,12 @@ import traceback
 
 import typer
 
-from vila_edge import __version__
 from vila_edge.cli.chat import chat
 from vila_edge.cli.console import print_error
 from vila_edge.cli.demo import demo
 from vila_edge.cli.export import export
 from vila_edge.errors import VilaEdgeError
+from vila_edge.version import __version__
 
 INTERRUPTED, OUT_OF_MEMORY = 130, 4
 

@@ -150,7 +150,7 @@ def _drawn(seed: int) -> tuple[str, str, tuple[ImageSource, ...]]:
     """One or two images of coloured shapes on a shaded ground, a question and its answer."""
     rng = np.random.default_rng(seed)
     shapes, images = [], []
-    for _ in range(1 + seed % 2):
+    for _ in range(1 + seed // 2 % 2):
         shade = np.linspace(rng.integers(0, 128), rng.integers(128, 256), 224).astype(np.uint8)
         canvas = Image.fromarray(np.repeat(np.tile(shade, (224, 1))[..., None], 3, 2))
         colour, shape = rng.choice(list(_COLOURS)), rng.choice(["circle", "square", "triangle"])

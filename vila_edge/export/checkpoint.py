@@ -117,7 +117,10 @@ def read_config(path: Path) -> VilaConfig:
 def _vision_config(fields: Fields, select_layer: int) -> VisionConfig:
     fields.choice("model_type", "siglip_vision_model")
     fields.fixed(hidden_act="gelu_pytorch_tanh", num_channels=3)
-    cfg = VisionConfig(
+    # The pooling head is behind the layer that is selected.
+    fields.ignore("attention_dropout", "vision_use_head", "projection_dim", "projector_hidden_act", *_INERT)
+    return fields.build(
+        VisionConfig,
         hidden_size=fields.integer("hidden_size"),
         intermediate_size=fields.integer("intermediate_size"),
         num_hidden_layers=fields.integer("num_hidden_layers"),
@@ -127,28 +130,25 @@ def _vision_config(fields: Fields, select_layer: int) -> VisionConfig:
         layer_norm_eps=fields.number("layer_norm_eps", 1e-6),
         select_layer=select_layer,
     )
-    # The pooling head is behind the layer that is selected.
-    fields.ignore("attention_dropout", "vision_use_head", "projection_dim", "projector_hidden_act", *_INERT)
-    fields.finish()
-    return cfg
 
 
 def _projector_config(fields: Fields) -> ProjectorConfig:
-    kind = fields.choice("mm_projector_type", "mlp_downsample")
     fields.ignore("model_type", *_INERT)
-    fields.finish()
-    return ProjectorConfig(kind)
+    return fields.build(ProjectorConfig, mm_projector_type=fields.choice("mm_projector_type", "mlp_downsample"))
 
 
 def _llm_config(fields: Fields) -> LlmConfig:
     fields.choice("model_type", "llama")
     fields.fixed(hidden_act="silu", attention_bias=False, mlp_bias=False, rope_scaling=None, pretraining_tp=1)
+    fields.ignore("attention_dropout", "tokenizer_padding_side", "use_cache", *_INERT)
     rope = fields.section("rope_parameters")  # how transformers 5 writes rope_theta
     rope.fixed(rope_type="default")
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
-    rope.finish()
+    rope.done()
     hidden_size, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    cfg = LlmConfig(
+    limits = ["max_position_embeddings", "model_max_length", "tokenizer_model_max_length"]
+    return fields.build(
+        LlmConfig,
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
         num_hidden_layers=fields.integer("num_hidden_layers"),
@@ -156,26 +156,21 @@ def _llm_config(fields: Fields) -> LlmConfig:
         num_key_value_heads=fields.integer("num_key_value_heads", heads),
         head_dim=fields.integer("head_dim", hidden_size // heads),
         vocab_size=fields.integer("vocab_size"),
-        context_length=min(
-            fields.integer(key, 2048)
-            for key in ("max_position_embeddings", "model_max_length", "tokenizer_model_max_length")
-            if key in fields.data or key == "max_position_embeddings"
-        ),
+        context_length=min(fields.integer(key) for key in limits if key in fields.data or key == limits[0]),
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=theta,
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
     )
-    fields.ignore("attention_dropout", "tokenizer_padding_side", "use_cache", *_INERT)
-    fields.finish()
-    return cfg
 
 
 def _preprocess_config(fields: Fields, aspect: Any, image_size: int) -> PreprocessConfig:
-    fields.fixed(do_convert_rgb=True, do_normalize=True, do_rescale=True, do_resize=True, resample=BICUBIC)
+    fields.fixed(do_normalize=True, do_rescale=True, do_resize=True, resample=BICUBIC)
+    fields.ignore("image_processor_type", "processor_class", "data_format", "do_convert_rgb")  # RGB it is, always
     size = fields.section("size")
     if (size.integer("height"), size.integer("width")) != (image_size, image_size):
         raise fields.error("size", f"height and width {image_size}, the tower's image_size")
-    return PreprocessConfig(
+    return fields.build(
+        PreprocessConfig,
         image_aspect_ratio=aspect,
         image_size=image_size,
         rescale_factor=fields.number("rescale_factor", 1 / 255),

@@ -17,10 +17,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from vila_edge import __version__
 from vila_edge.bindings import Binding, GraphBindings
 from vila_edge.config import Heads, TokenOrder
 from vila_edge.tensorfile import TensorEntry
+from vila_edge.version import __version__
 
 OPSET = 21  # onnxruntime 1.23, the last for Python 3.10, reads these
 IR_VERSION = 10

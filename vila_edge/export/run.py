@@ -12,7 +12,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from vila_edge import __version__, architecture, fsio, int4
+from vila_edge import architecture, fsio, int4
 from vila_edge.bundle import GRAPHS, TOKENIZER, WEIGHTS, Bundle, write_manifest
 from vila_edge.config import VilaConfig
 from vila_edge.engine.onnxruntime import DIALECT, OnnxruntimeEngine
@@ -27,6 +27,7 @@ from vila_edge.export.verify import MIN_COSINE, MIN_COSINE_INT4, parity_report
 from vila_edge.parameters import component, is_quantised
 from vila_edge.tensorfile import TensorFile, write_tensors
 from vila_edge.tokenizer import Tokenizer
+from vila_edge.version import __version__
 
 Quantization = Literal["int4", "fp16", "fp32"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("int4", "fp16", "fp32")
@@ -70,7 +71,7 @@ def export_bundle(
         torch_params = {name: torch.from_numpy(value) for name, value in params.items()}
         tensors = _quantise(torch_params, cfg, tokenizer, samples, recipe, progress)
         progress("write", 0, 1)
-        stored = _write_weights(folder, tensors)
+        stored = write_weights(folder, tensors)
         for name, graph in write_graphs(cfg, stored).items():
             path = folder / GRAPHS / DIALECT / f"{name}.onnx"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
     return half
 
 
-def _write_weights(folder: Path, tensors: Tensors) -> dict[str, StoredTensor]:
+def write_weights(folder: Path, tensors: Tensors) -> dict[str, StoredTensor]:
     """One file for each component, one for the embedding table; where each tensor came to lie."""
     files: dict[str, Tensors] = {}
     for name, values in tensors.items():

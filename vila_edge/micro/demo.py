@@ -15,7 +15,6 @@ import onnxruntime
 import torch
 import transformers
 
-import vila_edge
 from vila_edge import fsio
 from vila_edge.errors import InputError
 from vila_edge.eval.run import GREEDY, Prompt, accuracy
@@ -30,11 +29,12 @@ from vila_edge.micro.recipe import MicroTraining, Recipe
 from vila_edge.micro.tasks import make_prompts
 from vila_edge.parameters import count_parameters
 from vila_edge.phases import Display, Phases
-from vila_edge.pipeline import Pipeline
+from vila_edge.pipeline import Pipeline, load
 from vila_edge.prompt import IMAGE_MARK
 from vila_edge.reference.engine import ReferenceEngine
 from vila_edge.reference.torch_ops import TorchOps
 from vila_edge.tokenizer import Tokenizer
+from vila_edge.version import __version__
 
 CHECKPOINT, BUNDLE, IMAGES, CALIBRATION = "checkpoint", "bundle", "images", "calibration"
 CONTACT_SHEET, REPORT, TRAINING = "contact_sheet.png", "report.json", "training.json"
@@ -81,10 +81,10 @@ def run_demo(folder: Path, recipe: Recipe, display: Display, retrain: bool = Fal
         bundle = export_bundle(
             folder / CHECKPOINT, folder / BUNDLE, export_recipe, lambda _, done, total: progress(done, total), True
         )
-    int4 = vila_edge.load(folder / BUNDLE, threads=1)
+    int4 = load(folder / BUNDLE, threads=1)
     prompts = make_prompts(splits.test)
     report: dict[str, Any] = {
-        "vila_edge": vila_edge.__version__,
+        "vila_edge": __version__,
         "seed": recipe.seed,
         "reused_checkpoint": reused,
         "parameters": count_parameters(int4.config),
@@ -131,7 +131,7 @@ def _train(target: Path, digits: Digits, recipe: Recipe, phases: Phases) -> None
 def _digest(recipe: Recipe) -> str:
     """Stands for all that decides what is trained: the recipe, the code, and the libraries that compute."""
     digest = hashlib.sha256(f"{recipe} {torch.__version__} {transformers.__version__}".encode())
-    package = Path(vila_edge.__file__).parent
+    package = Path(__file__).parents[1]
     for path in sorted(
         [
             *package.glob("*.py"),

@@ -1,0 +1,194 @@
+"""Checkpoints: what is written is read, and what is wrong is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from tests.tiny import TINY, random_parameters
+from vila_edge.config import Fields, Profile, VilaConfig, from_plain
+from vila_edge.errors import CheckpointError, ConfigError, InputError
+from vila_edge.export.checkpoint import Checkpoint, read_config
+from vila_edge.tokenizer import Tokenizer
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes a key."""
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def test_what_training_writes_export_reads(tiny_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(tiny_checkpoint)
+    assert checkpoint.config == TINY
+    for name, want in random_parameters(TINY).items():
+        np.testing.assert_array_equal(checkpoint.parameter(name), want)
+
+
+def test_transformers_loads_the_llm_folder(tiny_checkpoint: Path, tokenizer: Tokenizer) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint / "llm")
+    want = random_parameters(TINY)["llm.model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, torch.from_numpy(want))
+    theirs = AutoTokenizer.from_pretrained(tiny_checkpoint / "llm")
+    assert theirs("three plus four").input_ids == [*tokenizer.prefix, *tokenizer.encode("three plus four")]
+
+
+def test_the_digest_follows_the_content(checkpoint_copy: Path) -> None:
+    before = Checkpoint(checkpoint_copy).sha256()
+    assert Checkpoint(checkpoint_copy).sha256() == before
+    edit(checkpoint_copy / "llm" / "config.json", bos_token_id=7)
+    assert Checkpoint(checkpoint_copy).sha256() != before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_shards_with_an_index(dtype: torch.dtype, checkpoint_copy: Path) -> None:
+    folder = checkpoint_copy / "llm"
+    tensors = {name: value.to(dtype) for name, value in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    halves = list(tensors)[::2], list(tensors)[1::2]
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(halves, 1):
+        shard = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    read = Checkpoint(checkpoint_copy).parameter("llm.lm_head.weight")
+    np.testing.assert_array_equal(read, tensors["lm_head.weight"].float().numpy())
+
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: missing .*index.json names"):
+        Checkpoint(checkpoint_copy)
+    index.write_text(json.dumps({"weight_map": {"a": "../vision_tower/model.safetensors"}}))
+    with pytest.raises(CheckpointError, match="missing from the checkpoint"):
+        Checkpoint(checkpoint_copy)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="no object 'weight_map'"):
+        Checkpoint(checkpoint_copy)
+
+
+def test_a_wrong_shape_names_tensor_file_and_both_shapes(checkpoint_copy: Path) -> None:
+    edit(checkpoint_copy / "llm" / "config.json", intermediate_size=128)
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint(checkpoint_copy)
+    assert "llm/model.safetensors: tensor 'model.layers.0.mlp.gate_proj.weight'" in error.value.message
+    assert "has shape [96, 64], expected [128, 64]" in error.value.message
+
+
+def test_a_missing_tensor_and_a_broken_one(checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "mm_projector" / "model.safetensors"
+    tensors = load_file(path)
+    missing = tensors.pop("layers.4.bias")
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"mm_projector: no tensor 'layers.4.bias', expected shape \[64\]"):
+        Checkpoint(checkpoint_copy)
+    save_file(tensors | {"layers.4.bias": torch.full_like(missing, torch.nan)}, path)
+    with pytest.raises(CheckpointError, match="tensor 'layers.4.bias' is not finite"):
+        Checkpoint(checkpoint_copy).parameters()
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"mm_projector/model.safetensors: not a whole safetensors file"):
+        Checkpoint(checkpoint_copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("llm/config.json", {"hidden_size": None}, "llm/config.json: 'hidden_size' is missing"),
+        ("llm/config.json", {"hidden_size": "64"}, "'hidden_size' is '64', expected a positive whole number"),
+        ("llm/config.json", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', expected 'silu'"),
+        ("llm/config.json", {"rope_scaling": {"type": "linear"}}, "'rope_scaling' is .*, expected None"),
+        ("llm/config.json", {"rope_parameters": {"rope_type": "yarn"}}, "'rope_type' is 'yarn'"),
+        ("llm/config.json", {"attention_bias": True}, "'attention_bias' is True, expected False"),
+        ("llm/config.json", {"sliding_window": 512}, "'sliding_window' is set to 512, .*does not understand"),
+        ("llm/config.json", {"model_type": "qwen2"}, "'model_type' is 'qwen2', expected 'llama'"),
+        ("llm/config.json", {"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3"),
+        ("vision_tower/config.json", {"hidden_act": "quick_gelu"}, "expected 'gelu_pytorch_tanh'"),
+        ("vision_tower/config.json", {"model_type": "clip_vision_model"}, "expected 'siglip_vision_model'"),
+        ("vision_tower/preprocessor_config.json", {"resample": 2}, "'resample' is 2, expected 3"),
+        ("vision_tower/preprocessor_config.json", {"size": {"height": 9, "width": 9}}, "expected height and width 46"),
+        ("vision_tower/preprocessor_config.json", {"image_mean": [0.5]}, "expected a list of three numbers"),
+        ("mm_projector/config.json", {"mm_projector_type": "linear"}, "expected 'mlp_downsample'"),
+        ("config.json", {"image_aspect_ratio": "dynamic"}, "'image_aspect_ratio' is 'dynamic', expected 'resize'"),
+        ("config.json", {"s2": True}, "'s2' is True, expected False"),
+        ("config.json", {"mm_vision_select_layer": -1}, "expected -2"),
+        ("config.json", {"vila_edge_profile": {"era": "vila1.5"}}, "vila_edge_profile: field .* is missing"),
+        ("config.json", {"vila_edge_profile": None}, "cannot tell the era of this checkpoint"),
+    ],
+)
+def test_what_is_not_understood_is_refused(file: str, changes: Any, message: str, checkpoint_copy: Path) -> None:
+    edit(checkpoint_copy / file, **changes)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_config(checkpoint_copy)
+    assert file in error.value.message
+
+
+@pytest.mark.parametrize("missing", ["llm", "vision_tower", "mm_projector"])
+def test_a_missing_folder_is_named(missing: str, checkpoint_copy: Path) -> None:
+    (checkpoint_copy / missing).rename(checkpoint_copy / "other")
+    with pytest.raises(CheckpointError, match=f"no folder {missing}/"):
+        Checkpoint(checkpoint_copy)
+
+
+def test_a_checkpoint_without_a_fast_tokenizer(checkpoint_copy: Path) -> None:
+    (checkpoint_copy / "llm" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="tokenizer.json: missing") as error:
+        Checkpoint(checkpoint_copy).tokenizer_json()
+    assert "save_pretrained" in error.value.hint
+
+
+def test_a_directory_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        Checkpoint(tmp_path / "nowhere")
+    (tmp_path / "llm").mkdir()
+    with pytest.raises(InputError):
+        Checkpoint(tmp_path)
+
+
+def test_a_config_survives_its_plain_form() -> None:
+    plain = json.loads(json.dumps(dataclasses.asdict(TINY)))
+    assert from_plain(VilaConfig, plain, "manifest") == TINY
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"profile": 5}, "manifest.profile: expected an object, found 5"),
+        ({"extra": 1}, "manifest: unknown field 'extra'"),
+        ({"preprocess": {}}, "manifest.preprocess: field '.*' is missing"),
+    ],
+)
+def test_a_plain_form_that_is_none(changes: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_plain(VilaConfig, dataclasses.asdict(TINY) | changes, "manifest")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden_size", 0), ("hidden_size", -8), ("hidden_size", 1.5), ("hidden_size", True), ("layer_norm_eps", -1.0)],
+)
+def test_sizes_must_be_positive_numbers(field: str, value: Any) -> None:
+    plain = dataclasses.asdict(TINY)
+    plain["vision_tower"][field] = value
+    with pytest.raises(ConfigError, match=rf"manifest.vision_tower.*{field}.*expected"):
+        from_plain(VilaConfig, plain, "manifest")
+
+
+def test_a_profile_has_only_known_choices() -> None:
+    plain = dataclasses.asdict(TINY.profile) | {"token_order": "diagonal"}
+    with pytest.raises(ConfigError, match="token_order: expected .*row_major.*column_major.*, found 'diagonal'"):
+        from_plain(Profile, plain, "profile")
+
+
+def test_a_key_that_nobody_asked_for_is_refused() -> None:
+    fields = Fields({"a": 1, "mystery": 2}, "config.json")
+    assert fields.integer("a") == 1
+    with pytest.raises(ConfigError, match="config.json: 'mystery' is set to 2"):
+        fields.done()

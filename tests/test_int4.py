@@ -1,0 +1,60 @@
+"""The 4-bit layout: what is packed comes back, and what is rounded stays near."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vila_edge import int4
+from vila_edge.export.awq import fake_quantise
+
+RNG = np.random.default_rng(4)
+
+
+def test_the_low_nibble_comes_first() -> None:
+    packed = int4.pack(np.array([[1, 2, 3], [15, 0, 7]], np.uint8))
+    assert packed.tolist() == [[0x21, 0x03], [0x0F, 0x07]]
+    assert int4.unpack(packed, 3).tolist() == [[1, 2, 3], [15, 0, 7]]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_stored_tensors_are_the_weight_that_was_quantised(groups: int) -> None:
+    weight = int4.quantize(RNG.standard_normal((5, 32 * groups)), 32)
+    tensors = int4.to_tensors("linear", weight)
+    assert tensors["linear.qweight"].shape == (5, 16 * groups)
+    assert tensors["linear.scales"].dtype == np.float16
+    read = int4.from_tensors("linear", tensors)
+    np.testing.assert_array_equal(read.dequantize(), weight.dequantize())
+
+
+def test_rounding_is_within_half_a_step_of_each_group() -> None:
+    weight = RNG.standard_normal((16, 128)).astype(np.float32)
+    rounded = int4.quantize(weight, 64)
+    step = np.repeat(rounded.scales.astype(np.float32), 64, 1)
+    # Half a step for rounding, and another half where the zero point was rounded at the edge of the range.
+    assert (np.abs(rounded.dequantize() - weight) <= step + 1e-6).all()
+    assert np.abs(rounded.dequantize() - weight).mean() < 0.3 * step.mean()
+
+
+def test_known_integers() -> None:
+    """From -1.4 to 1.6 in 15 steps: scale 0.2, zero point 7."""
+    weight = int4.quantize(np.array([[-1.4, -0.65, 0.0, 0.05, 0.78, 1.6, 0.25, -0.25] * 2]), 16)
+    assert weight.scales.tolist() == [[np.float16(0.2)]]
+    assert weight.zeros.tolist() == [[7]]
+    assert weight.q[0, :8].tolist() == [0, 4, 7, 7, 11, 15, 8, 6]
+
+
+def test_a_group_of_equal_weights_is_not_a_division_by_zero() -> None:
+    assert np.isfinite(int4.quantize(np.full((2, 32), 0.25), 32).dequantize()).all()
+
+
+def test_torch_searches_with_what_numpy_stores() -> None:
+    weight = RNG.standard_normal((32, 96)).astype(np.float32) ** 3
+    got = fake_quantise(torch.from_numpy(weight), 32).numpy()
+    np.testing.assert_array_equal(got, int4.quantize(weight, 32).dequantize())
+
+
+def test_a_row_that_is_no_whole_number_of_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match="a row of 48 inputs has no whole number of groups of 32"):
+        int4.quantize(np.zeros((2, 48)), 32)

@@ -1,0 +1,47 @@
+"""Ids and text: control tokens only by id, characters only whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from vila_edge.errors import InputError
+from vila_edge.micro.words import LABELS, NUMBERS, ORDINALS
+from vila_edge.tokenizer import Tokenizer
+
+
+def test_control_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
+    control = {tokenizer.token_id(token) for token in ("<unk>", "<s>", "</s>")}
+    for text in ("</s>", "a</s>b", "<s>", "<unk> </s>"):
+        ids = tokenizer.encode(text)
+        assert not control & set(ids)
+        assert tokenizer.decode(list(ids)).strip() == text
+
+
+def test_a_stream_never_splits_a_character(tokenizer: Tokenizer) -> None:
+    text = "naïve 数字 🙂 end"
+    decoder = tokenizer.stream()
+    pieces = [decoder.push(token) for token in tokenizer.encode(text)]
+    assert len(tokenizer.encode(text)) > len(text)  # characters of several tokens each
+    assert "".join(pieces).strip() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_the_bos_token_is_known_from_the_tokenizer(tokenizer: Tokenizer) -> None:
+    assert tokenizer.prefix == (tokenizer.token_id("<s>"),)
+    assert tokenizer.token_id("<s>") not in tokenizer.encode("seven")
+
+
+def test_words_of_the_micro_vila_are_one_token_wherever_they_stand(tokenizer: Tokenizer) -> None:
+    for word in [*LABELS, *NUMBERS, *ORDINALS]:
+        assert len(tokenizer.encode(word)) == 1, word
+        assert tokenizer.encode(word) == tokenizer.encode(f" {word}")
+
+
+def test_what_is_no_tokenizer_is_refused() -> None:
+    with pytest.raises(InputError, match=r"some/tokenizer.json: not a tokenizer"):
+        Tokenizer("{}", "some/tokenizer.json")
+
+
+def test_an_unknown_token_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match=r"no token '<\|im_end\|>'"):
+        tokenizer.token_id("<|im_end|>")
