@@ -54,9 +54,13 @@ def test_the_image_matters_and_so_does_its_place(pipeline: Pipeline, pictures: l
 
     def first_logits(prompt: str, images: list[Path]) -> NDArray[np.float32]:
         seen: list[NDArray[np.float32]] = []
-        sampler = "vila_edge.pipeline.Sampler.__call__"
+
+        def watch(_: object, logits: NDArray[np.float32]) -> int:
+            seen.append(logits)
+            return 3
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampler, lambda self, logits: seen.append(logits) or 3)
+            patch.setattr("vila_edge.pipeline.Sampler.__call__", watch)
             pipeline.generate(prompt, images, Sampling(max_new_tokens=1))
         return seen[0]
 

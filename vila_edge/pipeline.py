@@ -87,6 +87,10 @@ class Pipeline:
         """The empty kv_cache of a new conversation."""
         return Prefix(self.engine.new_cache(self.context))
 
+    def forget_images(self) -> None:
+        """Encode every image anew, as a benchmark wants it."""
+        self._image_cache = ImageCache()
+
     def generate(self, prompt: str, images: Sequence[ImageSource] = (), sampling: Sampling | None = None) -> Reply:
         """The whole answer to one prompt. `<image>` in it places an image; without marks, the images go first."""
         return self.stream([Turn("user", place_images(prompt, len(images)))], images, sampling).finish()

@@ -8,10 +8,8 @@ import traceback
 
 import typer
 
-from vila_edge.cli.chat import chat
+from vila_edge.cli import chat, demo, export
 from vila_edge.cli.console import print_error
-from vila_edge.cli.demo import demo
-from vila_edge.cli.export import export
 from vila_edge.errors import VilaEdgeError
 from vila_edge.version import __version__
 
@@ -24,9 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(export)
-app.command()(chat)
+app.command()(demo.demo)
+app.command()(export.export)
+app.command()(chat.chat)
 
 
 @app.callback(invoke_without_command=True)

@@ -42,6 +42,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: no such directory, expected a VILA checkpoint")
         for folder in FOLDERS:
             if not (self.path / folder).is_dir():
+                if (self.path / "manifest.json").is_file():
+                    raise CheckpointError(f"{self.path} is a bundle already, expected a checkpoint")
                 raise CheckpointError(
                     f"{self.path}: no folder {folder}/, so this is not a checkpoint in the VILA1.5 layout",
                     f"expected config.json and the folders {', '.join(FOLDERS)}",

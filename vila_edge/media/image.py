@@ -80,7 +80,7 @@ def _read(path: Path) -> bytes:
 
 def _decode(data: bytes, source: str) -> RgbImage:
     if not data:
-        raise ImageError(f"{source}: an empty file, expected an image")
+        raise ImageError(f"{source}: an empty file, expected an image", "copy or download the image again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower

@@ -48,7 +48,7 @@ def interleaved(parts: Parts, share: float, rng: random.Random) -> Document:
             text = text.rstrip(" ") + IMAGE_MARK
             digits.append(part)
         else:
-            text += (" " if text.endswith(IMAGE_MARK) else "") + NUMBERS[part]
+            text += NUMBERS[part]
     return Document(text, tuple(digits))
 
 

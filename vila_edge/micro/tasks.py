@@ -20,11 +20,11 @@ WAYS = 4  # of a few-shot prompt: four digits, each shown once with a label; cha
 TASKS = ("naming", "sum", "compare", "icl_4shot", "icl_4shot_seen", "text")
 
 
-def make_prompts(digits: Digits, count: int = PROMPTS_PER_TASK) -> dict[str, list[Prompt]]:
-    """Task -> `count` prompts about pictures of `digits`, a held-out split."""
+def make_prompts(digits: Digits, count: int | None = None) -> dict[str, list[Prompt]]:
+    """Task -> `count` (by default PROMPTS_PER_TASK) prompts about pictures of `digits`, a held-out split."""
     pictures = [load_image(digits.picture(index)) for index in range(len(digits))]
     by_label = digits.by_label()
-    return {task: _prompts(task, count, pictures, by_label) for task in TASKS}
+    return {task: _prompts(task, count or PROMPTS_PER_TASK, pictures, by_label) for task in TASKS}
 
 
 def _prompts(task: str, count: int, pictures: Sequence[RgbImage], by_label: list[list[int]]) -> list[Prompt]:
