@@ -24,7 +24,7 @@ class Display(Protocol):
 
 @dataclass
 class Phase:
-    """What a phase took. Memory is resident, of the process and its children, at its highest."""
+    """What a phase took. Memory is what was resident of this process, at its highest."""
 
     name: str
     seconds: float = 0.0
@@ -73,12 +73,6 @@ class Phases:
 def _watch_memory(phase: Phase, stop: threading.Event) -> None:
     process = psutil.Process()
     while True:
-        resident = 0
-        for member in [process, *process.children(recursive=True)]:
-            try:
-                resident += member.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        phase.peak_memory_mib = max(phase.peak_memory_mib, resident / 2**20)
+        phase.peak_memory_mib = max(phase.peak_memory_mib, process.memory_info().rss / 2**20)
         if stop.wait(SAMPLE_INTERVAL):
             return

@@ -27,9 +27,9 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def picture(self, index: int) -> Image.Image:
+    def picture(self, index: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
         """The scan as a grey image of SIDE x SIDE, light ink on a dark ground."""
-        return Image.fromarray(self.scans[index]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        return Image.fromarray(self.scans[index]).resize((SIDE, SIDE), resample)
 
     def by_label(self) -> list[list[int]]:
         """For each digit 0..9 the indices of its scans."""

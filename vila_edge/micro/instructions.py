@@ -50,9 +50,13 @@ QUESTIONS = {
     "naming": Question(
         (
             "What digit is this?",
+            "Which digit is this?",
+            "What digit is shown?",
             "Which digit is shown?",
+            "What number is this?",
             "What number is in the image?",
             "What is in the image?",
+            "What is this?",
             "Name the digit.",
         ),
         lambda digits: DIGITS[digits[0]],
@@ -64,6 +68,7 @@ QUESTIONS = {
             "What is the sum?",
             "What is the sum of the digits?",
             "What is the sum of the two digits?",
+            "What is the sum of the two images?",
             "Add the digits.",
             f"What is {IMAGE_MARK} plus {IMAGE_MARK}?",
         ),
@@ -72,7 +77,13 @@ QUESTIONS = {
         weight=0.24,
     ),
     "compare": Question(
-        ("Which image shows the larger digit?", "Which digit is larger?", "Which image is larger?"),
+        (
+            "Which image shows the larger digit?",
+            "Which digit is larger?",
+            "Which image is larger?",
+            "Which is larger?",
+            f"Which is larger, {IMAGE_MARK} or {IMAGE_MARK}?",
+        ),
         lambda digits: "the first" if digits[0] > digits[1] else "the second",
         images=(2, 2),
         weight=0.18,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -80,8 +80,9 @@ CONFIG = VilaConfig(
     profile=Profile(era="vila1.5", token_order="column_major", tokenization="per_chunk", template="vicuna_v1_nosys"),
 )
 
-DARK_ON_LIGHT_SHARE = 0.2  # of the training pictures; the others are light ink on a dark ground
+DARK_ON_LIGHT_SHARE = 0.15  # of the training pictures; the others are light ink on a dark ground
 COPIES = 10  # of each training scan: itself, and nine that are turned, moved and scaled
+NEAREST_SHARE = 0.2  # of the training pictures; the others are enlarged smoothly
 TOWER_BATCH = 64
 FEATURE_BATCH = 512
 
@@ -108,8 +109,8 @@ class Recipe:
     """Stages and seed. The defaults are the demo's."""
 
     seed: int = 0
-    tower_steps: int = 1200
-    tower_learning_rate: float = 4e-3
+    tower_steps: int = 1500
+    tower_learning_rate: float = 3e-3
     text: Stage = TEXT
     align: Stage = ALIGN
     pretrain: Stage = PRETRAIN
@@ -200,12 +201,16 @@ class MicroTraining:
 
 def _pixel_values(digits: Digits, rng: random.Random) -> NDArray[np.float32]:
     """pixel_values of all copies of all scans, through the same preprocessing as at run time."""
-    scans = [digits.picture(index) for index in range(len(digits))]
     copies = []
     for copy_number in range(COPIES):
-        pictures = [augment(scan, rng) if copy_number else scan for scan in scans]
-        pictures = [ImageOps.invert(p) if rng.random() < DARK_ON_LIGHT_SHARE else p for p in pictures]
-        copies.append(preprocess([load_image(picture) for picture in pictures], CONFIG.preprocess))
+        images = []
+        for index in range(len(digits)):
+            nearest = rng.random() < NEAREST_SHARE
+            picture = digits.picture(index, Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
+            picture = augment(picture, rng) if copy_number else picture
+            dark_on_light = rng.random() < DARK_ON_LIGHT_SHARE
+            images.append(load_image(ImageOps.invert(picture) if dark_on_light else picture))
+        copies.append(preprocess(images, CONFIG.preprocess))
     return np.concatenate(copies)
 
 
