@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 from vila_edge.config import PreprocessConfig
 from vila_edge.errors import ImageError
 from vila_edge.media.image import FORMATS, load_image
-from vila_edge.preprocess import preprocess
+from vila_edge.preprocess import preprocess, resize
 
 RNG = np.random.default_rng(6)
 PIXELS = RNG.integers(0, 256, (7, 9, 3), np.uint8)
@@ -133,6 +134,19 @@ def test_damaged_files_never_crash() -> None:
                 assert load_image(bytes(data)).pixels.shape[2] == 3
             except ImageError as error:
                 assert "0x" not in str(error)
+
+
+@pytest.mark.parametrize("size", [(60, 131), (131, 60), (30, 40), (90, 100), (95, 100), (76, 300), (300, 76), (76, 76)])
+def test_a_resize_does_not_depend_on_the_version_of_pillow(size: tuple[int, int]) -> None:
+    """Pillow 13 is the reference: one call. Older ones are held to its order of passes."""
+    image = Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    shrinks_more = size[1] - 76 > max(0, 2 * (size[0] - 76))
+    between = (size[0], 76) if shrinks_more else (76, size[1])
+    two_passes = image.resize(between, Image.Resampling.BICUBIC).resize((76, 76), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(resize(image, 76, 76)), np.asarray(two_passes))
+    if int(PIL.__version__.split(".")[0]) >= 13:
+        one_call = image.resize((76, 76), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(np.asarray(resize(image, 76, 76)), np.asarray(one_call))
 
 
 def test_pixel_values_are_resized_rescaled_and_normalised() -> None:

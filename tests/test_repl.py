@@ -142,7 +142,7 @@ class Terminal:
             start_new_session=True,
         )
         os.close(slave)
-        self.seen = ""
+        self.seen, self.position = "", 0
 
     def send(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -152,16 +152,17 @@ class Terminal:
         self.process.wait()
         os.close(self.master)
 
-    def wait_for(self, text: str, seconds: float = 30) -> None:
-        """Read until `text` has come since the last call."""
-        start, deadline = len(self.seen), time.monotonic() + seconds
-        while text not in self.seen[start:]:
+    def wait_for(self, text: str, seconds: float = 60) -> None:
+        """Read until `text` has come behind what was waited for before."""
+        deadline = time.monotonic() + seconds
+        while (found := self.seen.find(text, self.position)) < 0:
             ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{text!r} did not come; seen: {self.seen[start:]!r}"
+            assert ready, f"{text!r} did not come; seen: {self.seen[self.position :]!r}"
             try:
                 self.seen += os.read(self.master, 4096).decode(errors="replace")
             except OSError:
                 raise AssertionError(f"the program ended; seen: {self.seen!r}") from None
+        self.position = found + len(text)
 
 
 def test_at_a_terminal(tiny_bundle: Path, pictures: list[Path], tmp_path: Path, request: pytest.FixtureRequest) -> None:

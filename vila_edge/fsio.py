@@ -68,6 +68,14 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those above it, unless they exist. Raises VilaEdgeError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
 def check_absent(target: Path, replace: bool) -> None:
     """Raises UsageError if `target` exists and is not to be replaced."""
     if os.path.lexists(target) and not replace:

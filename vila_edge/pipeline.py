@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,7 +212,7 @@ def load(
     return Pipeline(opened.manifest.name, opened.config, tokenizer, engine, context, opened.manifest.digest)
 
 
-def _engine(bundle: Bundle, backend: str, threads: int | None) -> Any:
+def _engine(bundle: Bundle, backend: str, threads: int | None) -> Engine:
     if backend == "numpy":
         return numpy_engine(bundle.config, bundle_parameters(bundle))
     if backend in ("auto", "onnxruntime"):

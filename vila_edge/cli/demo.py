@@ -31,7 +31,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("vila-edge-demo"),
     no_chat: Annotated[bool, typer.Option("--no-chat", help="Leave when done, without a chat.")] = False,
     report: Annotated[Path | None, typer.Option(help="Also write the report to this JSON file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Train even if this recipe's checkpoint is there.")
     ] = False,
@@ -48,8 +48,8 @@ def demo(
             f"the demo needs the package {error.name!r}, which is not installed",
             "pip install 'vila-edge[export,train]'",
         ) from None
-    if report and not report.parent.is_dir():
-        raise UsageError(f"--report {report}: no such directory {report.parent}")
+    if report and (report.is_dir() or not report.parent.is_dir()):
+        raise UsageError(f"--report {report}: expected a file in a directory that exists")
     with PhaseDisplay() as display:
         result = run_demo(folder, dataclasses.replace(Recipe(), seed=seed), display, retrain)
     if report:

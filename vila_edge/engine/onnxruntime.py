@@ -45,7 +45,7 @@ class OnnxruntimeEngine:
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         """Raises BundleError if a graph would read outside of the bundle, BackendError if one does not load."""
         self.cfg = bundle.config
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = threads or usable_cores()
         self._vision_tower = _session(bundle, "vision_tower", self.threads)
         self._mm_projector = _session(bundle, "mm_projector", self.threads)
         self._decoder = _session(bundle, "decoder", self.threads)
@@ -92,6 +92,11 @@ class OnnxruntimeEngine:
         cache.length = total
         logits: FloatArray = binding.get_outputs()[0].numpy()[0]
         return logits
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _session(bundle: Bundle, graph: str, threads: int) -> Any:

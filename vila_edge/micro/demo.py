@@ -71,7 +71,7 @@ def run_demo(folder: Path, recipe: Recipe, display: Display, retrain: bool = Fal
     torch.set_num_threads(1)  # the model is small: more threads would mostly wait for each other
     phases = Phases(display)
     splits = load_splits()
-    folder.mkdir(parents=True, exist_ok=True)
+    fsio.make_folder(folder)
     reused = not retrain and _training_digest(folder) == _digest(recipe)
     if not reused:
         _train(folder / CHECKPOINT, splits.train, recipe, phases)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -136,9 +137,14 @@ class MicroTraining:
     def base(self, progress: Progress) -> None:
         """What a VILA starts from: an LLM that knows text and, trained beside it, a tower that knows digits."""
         tower = copy.deepcopy(self.model.vision_tower)  # its own: a stage freezes what it does not train
+        stop = threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            training = pool.submit(self._train_tower, tower)
-            self._run(self.recipe.text, lambda rng: self._document(text_document(rng), rng), progress)
+            training = pool.submit(self._train_tower, tower, stop)
+            try:
+                self._run(self.recipe.text, lambda rng: self._document(text_document(rng), rng), progress)
+            except BaseException:
+                stop.set()  # Ctrl-C does not wait for the tower
+                raise
             pixel_values = training.result()
         self.model.vision_tower.load_state_dict(tower.state_dict())
         with torch.inference_mode():
@@ -163,7 +169,7 @@ class MicroTraining:
 
     def _run(self, stage: Stage, draw: Callable[[random.Random], TrainingSample], progress: Progress) -> None:
         batches = Batches(draw, self._image_features, stage.steps, stage.tokens_per_batch, self.recipe.seed)
-        run_stage(self.model, stage, batches, lambda step, loss: progress(step, stage.steps))
+        run_stage(self.model, stage, batches, lambda step, loss: progress(step, stage.steps), cpu=True)
 
     def _image_features(self, images: Sequence[int]) -> Tensor:
         return self.features[list(images)]
@@ -179,7 +185,7 @@ class MicroTraining:
         """A training picture of each digit."""
         return [rng.choice(self.by_label[digit]) for digit in digits]
 
-    def _train_tower(self, tower: nn.Module) -> Tensor:
+    def _train_tower(self, tower: nn.Module, stop: threading.Event) -> Tensor:
         """The tower stand-in learns to tell digits by the mean of its features. Returns the pictures it saw."""
         pixel_values = torch.from_numpy(_pixel_values(self.digits, random.Random(self.recipe.seed)))
         head, steps = self.digit_head, self.recipe.tower_steps
@@ -189,6 +195,8 @@ class MicroTraining:
         scheduler = get_scheduler("linear", optimizer, round(0.1 * steps), steps)
         generator = torch.Generator().manual_seed(self.recipe.seed)
         for _ in range(steps):
+            if stop.is_set():
+                break
             chosen = torch.randint(len(self.labels), (TOWER_BATCH,), generator=generator)
             features = select_features(tower, pixel_values[chosen], CONFIG.vision_tower)
             loss = F.cross_entropy(head(features.mean(1)), self.labels[chosen])

@@ -19,11 +19,16 @@ from vila_edge.train.stages import Stage
 OnStep = Callable[[int, float], None]  # steps done, loss of the last one
 
 
-def run_stage(model: Vila, stage: Stage, batches: Batches, on_step: OnStep = lambda step, loss: None) -> None:
-    """Train `model` in place. Raises VilaEdgeError if the loss is not finite."""
+def run_stage(
+    model: Vila, stage: Stage, batches: Batches, on_step: OnStep = lambda step, loss: None, cpu: bool = False
+) -> None:
+    """Train `model` in place, on the CPU even where there is a GPU if `cpu`.
+
+    Raises VilaEdgeError if the loss is not finite.
+    """
     freeze_all_but(model, stage.trains)
     model.train()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=cpu)
     optimizers = make_optimizers(model, stage)
     wrapped, *optimizers = accelerator.prepare(model, *optimizers)
     warmup = round(stage.warmup_share * stage.steps)

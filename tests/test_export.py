@@ -1,0 +1,149 @@
+"""An export computes what its checkpoint computes, or it does not come into being."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import random_parameters
+from vila_edge import int4
+from vila_edge.bundle import Bundle
+from vila_edge.errors import ParityError
+from vila_edge.export.graph_ops import GraphOps
+from vila_edge.export.run import Quantization, Recipe, export_bundle
+from vila_edge.reference.engine import bundle_parameters
+from vila_edge.tensorfile import TensorFile
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    pass
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    one, two = (
+        export_bundle(tiny_checkpoint, tmp_path / name, Recipe(group_size=32), quiet) for name in ("one", "two")
+    )
+    assert one.manifest == two.manifest
+    for name in one.manifest.files:
+        assert one.file(name).read_bytes() == two.file(name).read_bytes()
+
+
+@pytest.mark.parametrize(("quantization", "tolerance"), [("fp32", 0.0), ("fp16", 1e-3)])
+def test_weights_are_stored_as_asked(
+    quantization: Quantization, tolerance: float, make_bundle: Callable[[str], Path]
+) -> None:
+    bundle = Bundle.open(make_bundle(quantization))
+    for name, got in bundle_parameters(bundle).items():
+        np.testing.assert_allclose(got, random_parameters(bundle.config)[name], rtol=tolerance, atol=tolerance)
+    assert bundle.manifest.quantization["method"] == "none"
+    assert bundle.manifest.parity["llm"]["top1_agreement"] > (0.99 if quantization == "fp16" else 0.999)
+
+
+def test_four_bits_are_for_the_decoders_linears_and_sixteen_for_the_rest(tiny_bundle: Path) -> None:
+    weights = {path.stem: TensorFile(path) for path in (tiny_bundle / "weights").iterdir()}
+    for part in ("vision_tower", "mm_projector", "embed_tokens"):
+        assert {entry.dtype for entry in weights[part].entries.values()} == {"F16"}
+    llm = weights["llm"].entries
+    assert sum(name.endswith(".qweight") for name in llm) == 2 * 7
+    assert llm["llm.lm_head.weight"].dtype == "F16"
+    assert {llm[name].dtype for name in llm if name.endswith("norm.weight")} == {"F16"}
+    parts = int4.part_names("llm.model.layers.0.mlp.down_proj")
+    assert [llm[part].shape for part in parts] == [(64, 48), (64, 3), (64, 2)]
+
+
+def test_progress_goes_through_all_phases_to_their_ends(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+    export_bundle(
+        tiny_checkpoint,
+        tmp_path / "b",
+        Recipe(group_size=32),
+        lambda phase, done, total: seen.update({phase: (done, total)}),
+    )
+    assert seen == {"read": (1, 1), "quantise": (2, 2), "write": (1, 1), "verify": (1, 1)}
+
+
+def test_a_weight_beyond_sixteen_bits_is_named(checkpoint_copy: Path, tmp_path: Path) -> None:
+    path = checkpoint_copy / "vision_tower" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["vision_model.encoder.layers.0.mlp.fc2.bias"][3] = 7e4
+    save_file(tensors, path)
+    with pytest.raises(ParityError, match=r"vision_tower.*layers.0.mlp.fc2.bias: its largest value 7e\+04") as error:
+        export_bundle(checkpoint_copy, tmp_path / "b", Recipe(group_size=32), quiet)
+    assert "--quant fp32" in error.value.hint
+    assert not (tmp_path / "b").exists()
+
+
+def lost_positions(self: GraphOps, x: str, name: str) -> str:
+    return x
+
+
+def wrong_neighbours(self: GraphOps, x: str, grid: int, block: int, order: str) -> str:
+    return SPACE_TO_DEPTH(self, x, grid, block, "row_major")
+
+
+def wrong_activation(self: GraphOps, x: str) -> str:
+    return self.node("Relu", x)
+
+
+SPACE_TO_DEPTH = GraphOps.space_to_depth
+
+
+@pytest.mark.parametrize(
+    ("component", "verb", "wrong"),
+    [
+        ("vision_tower", "position_embedding", lost_positions),
+        ("mm_projector", "space_to_depth", wrong_neighbours),
+        ("llm", "silu", wrong_activation),
+    ],
+)
+def test_a_wrong_graph_is_not_exported(
+    component: str,
+    verb: str,
+    wrong: Callable[..., str],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(GraphOps, verb, wrong)
+    with pytest.raises(ParityError, match=f"^{component}: mean cosine"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", Recipe("fp16"), quiet)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_output_that_is_not_finite_is_not_exported(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def root_of_negatives(self: GraphOps, x: str) -> str:
+        return self.node("Sqrt", x)
+
+    monkeypatch.setattr(GraphOps, "silu", root_of_negatives)
+    with pytest.raises(ParityError, match="llm: the exported graph's output is not finite"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", Recipe("fp16"), quiet)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_export_leaves_the_old_bundle(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "b"
+    before = export_bundle(tiny_checkpoint, target, Recipe("fp16"), quiet).manifest.digest
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase == "verify":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(tiny_checkpoint, target, Recipe("fp32"), interrupt, replace=True)
+    assert os.listdir(tmp_path) == ["b"]
+    assert Bundle.open(target).manifest.digest == before
+
+
+def test_torch_is_left_as_it_was(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    export_bundle(tiny_checkpoint, tmp_path / "b", Recipe("fp16"), quiet)
+    assert not torch.is_inference_mode_enabled()
