@@ -40,7 +40,7 @@ def main() -> None:
     # A thread that waits for its turn must not keep a core busy; libgomp reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        app(prog_name="vila-edge")
     except VilaEdgeError as error:
         if os.environ.get("VILA_EDGE_DEBUG"):
             traceback.print_exc()
