@@ -93,6 +93,21 @@ def test_folding_takes_the_four_neighbours_and_zeros_beyond_the_edge() -> None:
     assert folded == [[1, 2, 4, 5], [3, 0, 6, 0], [7, 8, 0, 0], [9, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("name", ENGINES)
+@torch.inference_mode()
+def test_the_projector_is_torchs_own_layers_also_where_epsilon_counts(name: str) -> None:
+    """Norm, linear, exact GELU, linear of torch with its defaults, on features as small as the norm's epsilon."""
+    features = 1e-3 * RNG.standard_normal((2, 25, 32)).astype(np.float32)
+    folded = TorchOps({}).space_to_depth(torch.from_numpy(features), 5, 2, "column_major")
+    layers = {"1": torch.nn.LayerNorm(128), "2": torch.nn.Linear(128, 64), "4": torch.nn.Linear(64, 64)}
+    for index, layer in layers.items():
+        layer.load_state_dict(
+            {leaf: torch.from_numpy(PARAMS[f"mm_projector.layers.{index}.{leaf}"]) for leaf in ("weight", "bias")}
+        )
+    want = layers["4"](torch.nn.GELU()(layers["2"](layers["1"](folded))))
+    np.testing.assert_allclose(ENGINES[name](TINY, PARAMS).project(features), want.numpy(), atol=1e-5)
+
+
 def test_tied_embeddings_have_no_head_of_their_own() -> None:
     tied = dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, tie_word_embeddings=True))
     assert "llm.lm_head.weight" not in parameter_shapes(tied)
