@@ -146,8 +146,24 @@ def test_muon_gets_matrices_of_hidden_layers_alone() -> None:
     assert len(hidden) + len(rest) == len(names)
 
 
-def test_a_loss_that_is_not_finite_stops_the_stage(maker: SampleMaker) -> None:
+def test_a_new_projector_hands_on_what_it_is_given() -> None:
+    """Neither noise from the memory nor a signal that fades: outputs of about the scale of a norm's."""
+    torch.manual_seed(0)
+    projector: torch.nn.Module = Vila(TINY).mm_projector
+    features = torch.randn(20, 25, 32)
+    assert projector(features).std().item() == pytest.approx(0.6, abs=0.2)
+    assert not any(value.any() for name, value in projector.named_parameters() if name.endswith("bias"))
+    assert not torch.equal(projector(features)[0], projector(features)[1])
+
+
+@pytest.mark.parametrize("loss", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_stops_the_stage_before_a_step(
+    loss: float, maker: SampleMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Vila(TINY)
-    torch.nn.init.constant_(dict(model.named_parameters())["mm_projector.layers.4.bias"], torch.nan)
-    with pytest.raises(VilaEdgeError, match="stage align: the loss is not finite at step 1"):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **batch: forward(**batch) + loss)
+    with pytest.raises(VilaEdgeError, match=f"stage align: the loss is {loss} at step 1"):
         run_stage(model, ALIGN, make_batches(maker, ALIGN))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

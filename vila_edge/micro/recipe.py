@@ -227,11 +227,6 @@ def _initialise(model: Vila) -> None:
     with torch.no_grad():
         embed_tokens = model.llm.model.embed_tokens.weight.normal_(0, 0.3)
         model.llm.lm_head.weight.copy_(embed_tokens * 0.17)
-        for name, parameter in model.mm_projector.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, parameter.shape[1] ** -0.5)
-            else:
-                parameter.fill_(1.0 if name == "layers.1.weight" else 0.0)
 
 
 def _mixture(rng: random.Random) -> Document:

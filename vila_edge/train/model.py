@@ -34,7 +34,7 @@ class MultimodalProjector(nn.Module):
                 index, leaf = name.rsplit(".", 2)[1:]
                 if index not in self.layers:
                     self.layers[index] = nn.Module()
-                self.layers[index].register_parameter(leaf, nn.Parameter(torch.empty(shape)))
+                self.layers[index].register_parameter(leaf, nn.Parameter(_initial(shape, leaf)))
 
     def forward(self, image_features: Tensor) -> Tensor:
         """image_features [N, P, D_vision] to image_embeds [N, T, D]."""
@@ -72,6 +72,13 @@ class Vila(nn.Module):
         targets = labels[:, 1:]
         learnt = targets != IGNORE_INDEX
         return F.cross_entropy(self.llm.lm_head(hidden[learnt]).float(), targets[learnt])
+
+
+def _initial(shape: tuple[int, ...], leaf: str) -> Tensor:
+    """A matrix keeps the variance of its input; a norm starts as the identity, a bias at 0."""
+    if len(shape) == 2:
+        return torch.randn(shape) * shape[1] ** -0.5
+    return torch.ones(shape) if leaf == "weight" else torch.zeros(shape)
 
 
 def select_features(tower: nn.Module, pixel_values: Tensor, cfg: VisionConfig) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,15 +36,15 @@ def run_stage(
     schedulers = [get_scheduler(stage.schedule, o, warmup, stage.steps) for o in optimizers]
     for step, batch in enumerate(batches.of_process(accelerator.process_index), 1):
         loss = wrapped(**send_to_device(batch, accelerator.device))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise VilaEdgeError(f"stage {stage.name}: the loss is {value} at step {step}", "lower the learning rate")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), stage.max_grad_norm)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-        value = loss.item()
-        if value != value:
-            raise VilaEdgeError(f"stage {stage.name}: the loss is not finite at step {step}", "lower the learning rate")
         on_step(step, value)
     model.eval()
 
