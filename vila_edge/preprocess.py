@@ -11,6 +11,8 @@ from PIL import Image
 from vila_edge.config import PreprocessConfig
 from vila_edge.media.image import RgbImage
 
+RESAMPLE = Image.Resampling.BICUBIC  # as a number, `resample` of a preprocessor_config.json
+
 
 def preprocess(images: Sequence[RgbImage], cfg: PreprocessConfig) -> NDArray[np.float32]:
     """Images of any size to pixel_values [N, 3, S, S]: bicubic to a square, rescaled, normalised (spec 2.2)."""
@@ -30,5 +32,5 @@ def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     shrinks by more than twice what the width does, older ones never: up to 6 of 255 levels, in a noisy image.
     """
     if image.height - height > max(0, 2 * (image.width - width)):
-        image = image.resize((image.width, height), Image.Resampling.BICUBIC)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((image.width, height), RESAMPLE)
+    return image.resize((width, height), RESAMPLE)

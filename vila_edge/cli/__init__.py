@@ -10,10 +10,11 @@ import typer
 
 from vila_edge.cli import chat, demo, export
 from vila_edge.cli.console import print_error
+from vila_edge.cli.interrupt import INTERRUPTED
 from vila_edge.errors import VilaEdgeError
 from vila_edge.version import __version__
 
-INTERRUPTED, OUT_OF_MEMORY = 130, 4
+OUT_OF_MEMORY = 4  # exit code
 
 app = typer.Typer(
     name="vila-edge",

@@ -10,14 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from vila_edge.cli.console import console, print_note
-from vila_edge.cli.interrupt import stops_reply
+from vila_edge.cli.interrupt import INTERRUPTED, stops_reply
 from vila_edge.errors import UsageError
 from vila_edge.media.image import RgbImage
 from vila_edge.pipeline import Pipeline, Reply, load
 from vila_edge.sampler import Sampling
 from vila_edge.session import Session
-
-INTERRUPTED = 130
 
 
 def chat(

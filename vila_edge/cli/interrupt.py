@@ -9,6 +9,8 @@ from types import FrameType
 
 from vila_edge.pipeline import Reply
 
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended
+
 
 @contextmanager
 def stops_reply(reply: Reply) -> Iterator[None]:

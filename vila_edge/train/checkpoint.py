@@ -11,11 +11,11 @@ from torch import Tensor
 
 from vila_edge import fsio
 from vila_edge.parameters import component, parameter_shapes
+from vila_edge.preprocess import RESAMPLE
 from vila_edge.profiles import PROFILE_KEY
 from vila_edge.train.model import Vila, llm_config, vision_config
 
 TOWER_PREFIX = "vision_model."  # what the layout's names have and transformers 5 leaves out
-_BICUBIC = 3
 
 
 def save_checkpoint(model: Vila, tokenizer_json: str, folder: Path, tokenizer_config: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ def save_checkpoint(model: Vila, tokenizer_json: str, folder: Path, tokenizer_co
                 "do_resize": True,
                 "image_mean": cfg.preprocess.image_mean,
                 "image_std": cfg.preprocess.image_std,
-                "resample": _BICUBIC,
+                "resample": int(RESAMPLE),
                 "rescale_factor": cfg.preprocess.rescale_factor,
                 "size": {"height": cfg.preprocess.image_size, "width": cfg.preprocess.image_size},
             }
