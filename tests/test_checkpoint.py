@@ -83,6 +83,35 @@ def test_a_wrong_shape_names_tensor_file_and_both_shapes(checkpoint_copy: Path) 
     assert "has shape [96, 64], expected [128, 64]" in error.value.message
 
 
+def test_weights_that_the_config_has_no_use_for_are_refused(checkpoint_copy: Path) -> None:
+    """A config with a layer too few would silently make another model of the same weights."""
+    config = checkpoint_copy / "llm" / "config.json"
+    layers = TINY.llm.num_hidden_layers
+    edit(config, num_hidden_layers=layers - 1)
+    with pytest.raises(CheckpointError, match=rf"llm/model.safetensors: holds 'model.layers.{layers - 1}\..* no use"):
+        Checkpoint(checkpoint_copy)
+    edit(config, num_hidden_layers=layers, tie_word_embeddings=True)
+    Checkpoint(checkpoint_copy)  # a head beside tied embeddings is a copy of them
+
+    path = checkpoint_copy / "llm" / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)
+    Checkpoint(checkpoint_copy)  # follows from the config
+    save_file(load_file(path) | {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, path)
+    with pytest.raises(CheckpointError, match=r"holds 'model.layers.0.self_attn.q_proj.bias'"):
+        Checkpoint(checkpoint_copy)
+
+
+def test_a_tower_may_hold_what_lies_behind_the_selected_layer_and_no_more(checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "vision_tower" / "model.safetensors"
+    stored, last = load_file(path), TINY.vision_tower.num_hidden_layers - 1
+    names = (f"encoder.layers.{last}.mlp.fc1.weight", "post_layernorm.weight", "head.probe")
+    save_file(stored | {f"vision_model.{name}": torch.ones(2) for name in names}, path)
+    Checkpoint(checkpoint_copy)
+    save_file(stored | {f"vision_model.encoder.layers.{last + 1}.mlp.fc1.weight": torch.ones(2)}, path)
+    with pytest.raises(CheckpointError, match=rf"holds 'vision_model.encoder.layers.{last + 1}.mlp.fc1.weight'"):
+        Checkpoint(checkpoint_copy)
+
+
 def test_a_missing_tensor_and_a_broken_one(checkpoint_copy: Path) -> None:
     path = checkpoint_copy / "mm_projector" / "model.safetensors"
     tensors = load_file(path)
@@ -109,12 +138,15 @@ def test_a_missing_tensor_and_a_broken_one(checkpoint_copy: Path) -> None:
         ("llm/config.json", {"attention_bias": True}, "'attention_bias' is True, expected False"),
         ("llm/config.json", {"sliding_window": 512}, "'sliding_window' is set to 512, .*does not understand"),
         ("llm/config.json", {"model_type": "qwen2"}, "'model_type' is 'qwen2', expected 'llama'"),
+        ("llm/config.json", {"num_hidden_layers": 10**12}, "num_hidden_layers .*: expected at most 1,024"),
         ("llm/config.json", {"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3"),
         ("vision_tower/config.json", {"hidden_act": "quick_gelu"}, "expected 'gelu_pytorch_tanh'"),
         ("vision_tower/config.json", {"model_type": "clip_vision_model"}, "expected 'siglip_vision_model'"),
         ("vision_tower/preprocessor_config.json", {"resample": 2}, "'resample' is 2, expected 3"),
         ("vision_tower/preprocessor_config.json", {"size": {"height": 9, "width": 9}}, "expected height and width 46"),
         ("vision_tower/preprocessor_config.json", {"image_mean": [0.5]}, "expected a list of three numbers"),
+        ("vision_tower/preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, "image_std .*: expected positive"),
+        ("vision_tower/preprocessor_config.json", {"image_mean": [0.5, 1e999, 0.5]}, "image_mean .*: expected finite"),
         ("mm_projector/config.json", {"mm_projector_type": "linear"}, "expected 'mlp_downsample'"),
         ("config.json", {"image_aspect_ratio": "dynamic"}, "'image_aspect_ratio' is 'dynamic', expected 'resize'"),
         ("config.json", {"s2": True}, "'s2' is True, expected False"),
@@ -142,6 +174,12 @@ def test_a_checkpoint_without_a_fast_tokenizer(checkpoint_copy: Path) -> None:
     with pytest.raises(CheckpointError, match="tokenizer.json: missing") as error:
         Checkpoint(checkpoint_copy).tokenizer_json()
     assert "save_pretrained" in error.value.hint
+
+
+def test_a_tokenizer_that_is_no_text(checkpoint_copy: Path) -> None:
+    (checkpoint_copy / "llm" / "tokenizer.json").write_bytes(b'{"version": "\xff"}')
+    with pytest.raises(InputError, match="tokenizer.json: not UTF-8 text: invalid start byte at byte 13"):
+        Checkpoint(checkpoint_copy).tokenizer_json()
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny import random_parameters
 from vila_edge import int4
 from vila_edge.bundle import Bundle
-from vila_edge.errors import ParityError
+from vila_edge.errors import InputError, ParityError
 from vila_edge.export.graph_ops import GraphOps
 from vila_edge.export.run import Quantization, Recipe, export_bundle
 from vila_edge.reference.engine import bundle_parameters
@@ -66,6 +67,17 @@ def test_progress_goes_through_all_phases_to_their_ends(tiny_checkpoint: Path, t
         lambda phase, done, total: seen.update({phase: (done, total)}),
     )
     assert seen == {"read": (1, 1), "quantise": (2, 2), "write": (1, 1), "verify": (1, 1)}
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint_copy: Path, tmp_path: Path) -> None:
+    path = checkpoint_copy / "llm" / "tokenizer.json"
+    plain = json.loads(path.read_text())
+    rows = len(plain["model"]["vocab"])
+    plain["model"]["vocab"]["elsewhere"] = rows
+    path.write_text(json.dumps(plain))
+    with pytest.raises(InputError, match=rf"tokenizer.json: token 'elsewhere' has id {rows}, .* vocab_size is {rows}"):
+        export_bundle(checkpoint_copy, tmp_path / "bundle", Recipe(group_size=32), quiet)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_weight_beyond_sixteen_bits_is_named(checkpoint_copy: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from tests.tiny import TINY
 from vila_edge.caches import ImageCache, Prefix
-from vila_edge.errors import ContextError, ImageError, PromptError, UsageError
+from vila_edge.errors import ContextError, ImageError, InputError, PromptError, UsageError
 from vila_edge.pipeline import Pipeline, load
 from vila_edge.prompt import Turn
 from vila_edge.sampler import Sampling
@@ -165,6 +166,12 @@ def test_a_prefix_is_kept_as_far_as_it_is_the_same(pipeline: Pipeline) -> None:
     fresh = pipeline.stream(longer, sampling=HOT).finish()
     assert 4 <= reused.timings.cached_tokens < reused.timings.prompt_tokens
     assert reused.token_ids == fresh.token_ids
+
+
+def test_a_tokenizer_of_another_model_is_refused(pipeline: Pipeline) -> None:
+    smaller = dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, vocab_size=TINY.llm.vocab_size - 1))
+    with pytest.raises(InputError, match="the LLM's vocab_size is"):
+        Pipeline("wrong", smaller, pipeline.tokenizer, pipeline.engine)
 
 
 def test_a_context_out_of_range_and_an_unknown_backend(tiny_bundle: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from vila_edge.errors import InputError
+from vila_edge.micro.tokens import VOCAB_SIZE
 from vila_edge.micro.words import LABELS, NUMBERS, ORDINALS
 from vila_edge.tokenizer import Tokenizer
 
@@ -45,3 +48,26 @@ def test_what_is_no_tokenizer_is_refused() -> None:
 def test_an_unknown_token_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"no token '<\|im_end\|>'"):
         tokenizer.token_id("<|im_end|>")
+
+
+def with_added_token(tokenizer_json: str, token_id: int, special: bool) -> Tokenizer:
+    added = {"id": token_id, "content": "<pad>", "special": special}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    plain = json.loads(tokenizer_json)
+    plain["added_tokens"].append(added | flags)
+    return Tokenizer(json.dumps(plain), "llm/tokenizer.json")
+
+
+def test_text_must_not_become_an_id_without_an_embedding(tokenizer: Tokenizer, tokenizer_json: str) -> None:
+    tokenizer.check_rows(VOCAB_SIZE)
+    with pytest.raises(InputError, match=rf"has id {VOCAB_SIZE - 1}, but the LLM's vocab_size is {VOCAB_SIZE - 1}"):
+        tokenizer.check_rows(VOCAB_SIZE - 1)
+    with pytest.raises(InputError, match=rf"llm/tokenizer.json: token '<pad>' has id {VOCAB_SIZE}"):
+        with_added_token(tokenizer_json, VOCAB_SIZE, special=False).check_rows(VOCAB_SIZE)
+
+
+def test_a_padding_token_without_a_row_is_harmless(tokenizer_json: str) -> None:
+    """Some checkpoints add one to the tokenizer alone; text never becomes it."""
+    padded = with_added_token(tokenizer_json, VOCAB_SIZE, special=True)
+    padded.check_rows(VOCAB_SIZE)
+    assert VOCAB_SIZE not in padded.encode("a <pad> b")

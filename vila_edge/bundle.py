@@ -84,7 +84,7 @@ class Bundle:
         return self.path / name
 
     def tokenizer_json(self) -> str:
-        return fsio.read_bytes(self.file(TOKENIZER), 64 << 20).decode()
+        return fsio.read_text(self.file(TOKENIZER))
 
 
 def write_manifest(

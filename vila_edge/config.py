@@ -20,6 +20,8 @@ Tokenization = Literal["per_chunk"]
 
 Config = TypeVar("Config")
 
+MAX_LAYERS = 1024  # several times what any published model has; every layer costs time before anything is read
+
 
 class Heads(NamedTuple):
     """How attention divides its width. Fewer `key_value` than `query` heads: grouped queries."""
@@ -117,6 +119,10 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
+        if not all(map(math.isfinite, self.image_mean)):
+            raise ConfigError(f"image_mean {list(self.image_mean)}: expected finite numbers")
+        if not all(0 < std < math.inf for std in self.image_std):
+            raise ConfigError(f"image_std {list(self.image_std)}: expected positive numbers")
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,9 @@ def _value(hint: Any, value: object, source: str) -> Any:
 
 
 def _check_numbers(config: Any, all_but: tuple[str, ...] = ()) -> None:
-    """Raises ConfigError unless sizes and constants are positive and finite."""
+    """Raises ConfigError unless sizes and constants are positive and finite, and the layers a sane number."""
+    if getattr(config, "num_hidden_layers", 0) > MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers {config.num_hidden_layers:,}: expected at most {MAX_LAYERS:,}")
     for name, value in vars(config).items():
         number = type(value) in (int, float) and name not in all_but
         if number and not 0 < value < math.inf:

@@ -94,6 +94,14 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
+def read_text(path: Path, limit: int = 64 << 20) -> str:
+    """A text file. Raises InputError, as `read_bytes` does, also if it is not UTF-8."""
+    try:
+        return read_bytes(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start:,}") from None
+
+
 def read_json(path: Path, limit: int = 8 << 20) -> dict[str, Any]:
     """A JSON object. Raises InputError if the file is not one."""
     try:

@@ -72,11 +72,12 @@ class Pipeline:
     ) -> None:
         """`context`: positions of a conversation, at most (and by default) what the model was made for.
 
-        Raises UsageError if it is out of range.
+        Raises UsageError if it is out of range, InputError if the tokenizer is not the model's.
         """
         longest = config.llm.context_length
         if not 0 <= context <= longest:
             raise UsageError(f"a context of {context} positions: this model has 1 to {longest:,}")
+        tokenizer.check_rows(config.llm.vocab_size)
         self.name, self.config, self.tokenizer, self.engine = name, config, tokenizer, engine
         self.context = context or longest
         self.bundle_digest = bundle_digest

@@ -15,6 +15,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer_json: str, source: str = "tokenizer.json") -> None:
         """Raises InputError if `tokenizer_json` is not a tokenizer."""
+        self.source = source
         try:
             self._backend = Backend.from_str(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
@@ -33,7 +34,7 @@ class Tokenizer:
         """Id of a token of the vocabulary. Raises InputError if there is none."""
         found = self._backend.token_to_id(token)
         if found is None:
-            raise InputError(f"the tokenizer has no token {token!r}")
+            raise InputError(f"{self.source}: no token {token!r}, which the conversation template needs")
         return int(found)
 
     def decode(self, ids: list[int]) -> str:
@@ -42,9 +43,20 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self._backend)
 
-    @property
-    def vocab_size(self) -> int:
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
+    def check_rows(self, rows: int) -> None:
+        """Raises InputError if text can become an id for which an embedding table of `rows` rows has none.
+
+        Special tokens are left out: text never becomes one, and some checkpoints add one that has no row.
+        """
+        special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        beyond = [(i, token) for token, i in vocabulary.items() if i >= rows and i not in special]
+        if beyond:
+            first, token = min(beyond)
+            raise InputError(
+                f"{self.source}: token {token!r} has id {first:,}, but the LLM's vocab_size is {rows:,}",
+                "the tokenizer is of another model: take the one that came with the LLM",
+            )
 
 
 class StreamDecoder:

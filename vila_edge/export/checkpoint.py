@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_edge import fsio, profiles
+from vila_edge.architecture import VISION_TOWER
 from vila_edge.config import (
     Fields,
     LlmConfig,
@@ -23,10 +24,10 @@ from vila_edge.config import (
 )
 from vila_edge.errors import CheckpointError, InputError
 from vila_edge.parameters import component, parameter_shapes
+from vila_edge.preprocess import RESAMPLE
 from vila_edge.tensorfile import TensorFile
 
 FOLDERS = ("llm", "vision_tower", "mm_projector")
-BICUBIC = 3  # PIL's number, in preprocessor_config.json
 
 
 class Checkpoint:
@@ -52,6 +53,13 @@ class Checkpoint:
         self._tensors = {name: file for folder in FOLDERS for name, file in _tensors(self.path / folder, folder)}
         for name, shape in parameter_shapes(self.config).items():
             self._check(name, shape)
+        for name in sorted(set(self._tensors) - set(parameter_shapes(self.config))):
+            if not _is_inert(name, self.config):
+                raise CheckpointError(
+                    f"{self._tensors[name].path}: holds {_stored_name(name)!r}, for which {name.partition('.')[0]}/"
+                    "config.json has no use",
+                    "a model without it would compute something else: check that config.json belongs to these weights",
+                )
 
     def parameter(self, name: str) -> NDArray[np.float32]:
         """A parameter in float32, read from the disk. Raises CheckpointError if it is not finite."""
@@ -71,7 +79,7 @@ class Checkpoint:
                 f"{path}: missing; this version needs a tokenizer in the form of the tokenizers library",
                 "write it with transformers: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...)",
             )
-        return fsio.read_bytes(path, 64 << 20).decode()
+        return fsio.read_text(path)
 
     def sha256(self) -> str:
         """Digest of what an export reads: configs, tokenizer and parameters."""
@@ -166,7 +174,7 @@ def _llm_config(fields: Fields) -> LlmConfig:
 
 
 def _preprocess_config(fields: Fields, aspect: Any, image_size: int) -> PreprocessConfig:
-    fields.fixed(do_normalize=True, do_rescale=True, do_resize=True, resample=BICUBIC)
+    fields.fixed(do_normalize=True, do_rescale=True, do_resize=True, resample=int(RESAMPLE))
     fields.ignore("image_processor_type", "processor_class", "data_format", "do_convert_rgb")  # RGB it is, always
     size = fields.section("size")
     if (size.integer("height"), size.integer("width")) != (image_size, image_size):
@@ -231,6 +239,17 @@ def _tensors(folder: Path, prefix: str) -> list[tuple[str, TensorFile]]:
             raise CheckpointError(error.message, "download or copy the file again") from None
         found += [(f"{prefix}.{tensor}", file) for tensor in file.entries]
     return found
+
+
+def _is_inert(name: str, cfg: VilaConfig) -> bool:
+    """Whether a stored tensor is known to have no part in inference."""
+    if name.endswith((".rotary_emb.inv_freq", ".position_ids")):  # follow from the config
+        return True
+    if name == "llm.lm_head.weight":
+        return cfg.llm.tie_word_embeddings
+    behind = range(cfg.vision_tower.num_layers_run, cfg.vision_tower.num_hidden_layers)
+    parts = ("head.", "post_layernorm.", *(f"encoder.layers.{layer}." for layer in behind))
+    return name.startswith(tuple(f"{VISION_TOWER}.{part}" for part in parts))
 
 
 def _stored_name(name: str) -> str:

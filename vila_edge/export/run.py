@@ -64,6 +64,7 @@ def export_bundle(
     cfg = checkpoint.config
     _check_recipe(recipe, cfg)
     tokenizer = Tokenizer(checkpoint.tokenizer_json(), str(checkpoint_path / "llm" / TOKENIZER))
+    tokenizer.check_rows(cfg.llm.vocab_size)
     samples = read_samples(recipe.calibration) if recipe.calibration else built_in()
     params = checkpoint.parameters()
     progress("read", 1, 1)
