@@ -20,7 +20,9 @@ from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.micro.demo import FLOORS, DemoResult, run_demo
 from vila_edge.micro.recipe import Recipe
 from vila_edge.micro.tasks import TASKS
+from vila_edge.micro.words import DIGITS
 from vila_edge.pipeline import load
+from vila_edge.session import Session
 
 PHASES = [
     "prepare",
@@ -121,3 +123,11 @@ def test_the_whole_demo_reaches_its_figures(tmp_path: Path) -> None:
         for a, b in pairs
     )
     assert right >= 0.9 * len(pairs)
+
+    def named_after(a: int, b: int) -> str:
+        """What a conversation that began with a's picture says of b's."""
+        session = Session(pipeline)
+        session.ask("What digit is this?", [images / f"{a}a.png"]).finish()
+        return session.ask("What digit is this?", [images / f"{b}b.png"]).finish().text
+
+    assert sum(named_after(a, b) == DIGITS[b] for a, b in pairs) >= 0.9 * len(pairs)

@@ -162,4 +162,11 @@ def test_text_questions_are_part_of_the_sft_mixture() -> None:
     first: list[Exchange] = [conversation(rng)[0] for _ in range(2000)]
     share = sum(not exchange.digits for exchange in first) / len(first)
     assert 0.2 < share < 0.35
-    assert sum(len(conversation(rng)) == 2 for _ in range(2000)) > 100
+
+
+def test_some_conversations_go_on_about_the_same_images_or_new_ones() -> None:
+    rng = random.Random(5)
+    seconds = [exchanges for _ in range(2000) if len(exchanges := conversation(rng)) == 2]
+    assert sum(bool(first.digits and not second.digits) for first, second in seconds) > 50
+    assert sum(bool(first.digits and second.digits) for first, second in seconds) > 50
+    assert sum(bool(second.digits and not first.digits) for first, second in seconds) > 20

@@ -32,18 +32,25 @@ def find_images(line: str) -> Line:
     missing: list[str] = []
 
     def replace(match: re.Match[str]) -> str:
-        path = _to_path(match)
-        if not path.is_file():
-            missing.append(match[0])
-            return match[0]
-        images.append(path)
-        return IMAGE_MARK
+        for start in _possible_starts(match):
+            path = _to_path(match, start)
+            if path.is_file():
+                images.append(path)
+                return match[0][:start] + IMAGE_MARK
+        missing.append(match[0])
+        return match[0]
 
     return Line(_PATH.sub(replace, line), tuple(images), tuple(missing))
 
 
-def _to_path(match: re.Match[str]) -> Path:
-    text = match[0]
+def _possible_starts(match: re.Match[str]) -> list[int]:
+    """Where the path may begin: at the front, or behind a separator, as in `a.png dax;b.png wug`."""
+    behind = [found.end() for found in re.finditer(r"[;,:=(\[]", match[0])] if match["bare"] else []
+    return [0, *behind]
+
+
+def _to_path(match: re.Match[str], start: int) -> Path:
+    text = match[0][start:]
     text = re.sub(r"\\(.)", r"\1", text) if match["bare"] else text[1:-1]
     if text.startswith("file://"):
         text = unquote(text.removeprefix("file://"))

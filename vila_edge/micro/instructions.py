@@ -188,13 +188,16 @@ WAYS = (2, 3, 4, 4)
 
 
 def conversation(rng: random.Random) -> list[Exchange]:
-    """One conversation of the joint SFT mixture: text only, few-shot, or about images."""
+    """One conversation of the joint SFT mixture: few-shot, or about images or text, with one more question in some."""
     kind = rng.random()
-    if kind < 0.18:
-        return [text_only(rng)]
-    if kind < 0.26:
+    if kind < 0.08:
         return [few_shot_in_words(rng)]
-    if kind < 0.46:
+    if kind < 0.28:
         return [few_shot(rng, SEEN_LABELS, rng.choice(WAYS), rng.randint(0, 3))]
-    exchange = visual(rng)
-    return [exchange, follow_up(exchange, rng)] if rng.random() < 0.15 else [exchange]
+    first = text_only(rng) if kind < 0.46 else visual(rng)
+    more = rng.random()
+    if more < 0.25:  # about something new: without these, images of an earlier turn mix into the answer
+        return [first, text_only(rng) if rng.random() < 0.25 else visual(rng)]
+    if more < 0.35 and first.digits:
+        return [first, follow_up(first, rng)]
+    return [first]
