@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -86,6 +87,33 @@ def test_clipping_never_makes_the_groups_outputs_worse() -> None:
         return torch.einsum("tgk,rgk->trg", x[:512].unflatten(-1, (-1, GROUP)), wrong).square().sum(0)
 
     assert (error(clipped) <= error(weight) * (1 + 1e-5)).all()
+
+
+@torch.inference_mode()
+def test_what_is_clipped_sees_the_activations_of_its_scaled_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys are left whole (their product must not lose its peaks); scales cancel in the others."""
+    cfg, params = TINY.llm, outlier_parameters(TINY.llm)
+    block = {name: value for name, value in params.items() if name.startswith("llm.model.layers.0.")}
+    recorded = awq._record(block, hidden_states(0), 0, cfg)
+    outputs: list[Tensor] = []
+
+    def no_clip(weight: Tensor, inputs: Sequence[Tensor], group_size: int) -> Tensor:
+        outputs.append(inputs[0] @ weight.T)
+        return weight
+
+    monkeypatch.setattr(awq, "_clip", no_clip)
+    next(awq.quantise_blocks(params, hidden_states(0), cfg, GROUP))
+    names = [name.removesuffix(".weight") for name in block if name.endswith("_proj.weight")]
+    clipped = [name for name in names if not name.endswith(("q_proj", "k_proj"))]
+    assert len(outputs) == len(clipped) == 5
+    for name, got in zip(clipped, outputs, strict=True):
+        want = recorded[name][0] @ block[f"{name}.weight"].T
+        produces = next((group for group in awq._scale_groups(0, cfg) if group.producer == f"{name}.weight"), None)
+        if produces is None:
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+        else:  # its rows are divided by what its reader's columns are multiplied with
+            ratio = want.flatten(0, -2).norm(dim=0) / got.flatten(0, -2).norm(dim=0)
+            torch.testing.assert_close(got * ratio, want, atol=1e-3, rtol=1e-4)
 
 
 def test_integers_use_the_whole_range() -> None:

@@ -39,6 +39,27 @@ def test_a_failure_leaves_the_old_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["target"]
 
 
+@pytest.mark.parametrize("failing", ["target", ".partial"])
+def test_a_failure_in_the_last_step_leaves_the_old_one(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is the old folder that cannot be moved away, or the new one into its place."""
+    with fsio.new_folder(tmp_path / "target") as folder:
+        fsio.write_bytes(folder / "a", b"old")
+    rename = Path.rename
+
+    def broken(path: Path, target: Path) -> Path:
+        if path.name.endswith(failing):
+            raise OSError(5, "I/O error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(VilaEdgeError, match="I/O error"), fsio.new_folder(tmp_path / "target", replace=True) as folder:
+        fsio.write_bytes(folder / "a", b"new")
+    assert (tmp_path / "target" / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["target"]
+
+
 def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="exists already") as error, fsio.new_folder(tmp_path):
         raise AssertionError

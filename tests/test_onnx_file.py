@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -61,7 +62,62 @@ def in_function() -> bytes:
     return model(graph([]), [helper.make_function("d", "f", [], ["c"], [node], [helper.make_opsetid("", 21)])])
 
 
-@pytest.mark.parametrize("hide", [in_initializer, in_constant, in_sparse_initializer, in_subgraph, in_function])
+def in_a_list_of_tensors() -> bytes:
+    return model(graph([helper.make_node("N", [], ["y"], domain="d", a=[external_tensor()])]))
+
+
+def in_a_list_of_graphs() -> bytes:
+    return model(graph([helper.make_node("N", [], ["y"], domain="d", a=[graph([], [external_tensor()])])]))
+
+
+def in_a_sparse_attribute() -> bytes:
+    return model(graph([helper.make_node("N", [], ["y"], domain="d", a=sparse_tensor())]))
+
+
+def in_a_list_of_sparse_tensors() -> bytes:
+    return model(graph([helper.make_node("N", [], ["y"], domain="d", a=[sparse_tensor()])]))
+
+
+def in_the_indices_of_a_sparse_initializer() -> bytes:
+    made = graph([])
+    made.sparse_initializer.add(indices=external_tensor(), dims=[1])
+    return model(made)
+
+
+def in_the_default_of_a_functions_attribute() -> bytes:
+    function = helper.make_function("d", "f", [], ["c"], [], [helper.make_opsetid("", 21)])
+    function.attribute_proto.append(helper.make_attribute("a", external_tensor()))
+    return model(graph([]), [function])
+
+
+def in_training_info(part: str) -> bytes:
+    made = helper.make_model(graph([]))
+    getattr(made.training_info.add(), part).CopyFrom(graph([], [external_tensor()]))
+    return bytes(made.SerializeToString())
+
+
+def sparse_tensor() -> onnx.SparseTensorProto:
+    return onnx.SparseTensorProto(values=external_tensor(), dims=[1])
+
+
+HIDING_PLACES: list[Callable[[], bytes]] = [
+    in_initializer,
+    in_constant,
+    in_sparse_initializer,
+    in_the_indices_of_a_sparse_initializer,
+    in_subgraph,
+    in_a_list_of_tensors,
+    in_a_list_of_graphs,
+    in_a_sparse_attribute,
+    in_a_list_of_sparse_tensors,
+    in_function,
+    in_the_default_of_a_functions_attribute,
+    functools.partial(in_training_info, "initialization"),
+    functools.partial(in_training_info, "algorithm"),
+]
+
+
+@pytest.mark.parametrize("hide", HIDING_PLACES)
 def test_external_data_is_found(hide: Callable[[], bytes]) -> None:
     assert [found.location for found in external_data(hide(), SOURCE)] == ["w.bin"]
 

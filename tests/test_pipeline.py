@@ -168,6 +168,15 @@ def test_a_prefix_is_kept_as_far_as_it_is_the_same(pipeline: Pipeline) -> None:
     assert reused.token_ids == fresh.token_ids
 
 
+def test_another_image_in_the_same_place_is_read_anew(pipeline: Pipeline, pictures: list[Path]) -> None:
+    prefix: Prefix = pipeline.new_prefix()
+    turns = [Turn("user", "<image> what is it?")]
+    pipeline.stream(turns, pictures[:1], HOT, prefix).finish()
+    other = pipeline.stream(turns, pictures[1:2], HOT, prefix).finish()
+    assert 0 < other.timings.cached_tokens < other.timings.prompt_tokens - TINY.tokens_per_image
+    assert other.token_ids == pipeline.stream(turns, pictures[1:2], HOT).finish().token_ids
+
+
 def test_a_tokenizer_of_another_model_is_refused(pipeline: Pipeline) -> None:
     smaller = dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, vocab_size=TINY.llm.vocab_size - 1))
     with pytest.raises(InputError, match="the LLM's vocab_size is"):

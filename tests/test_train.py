@@ -88,6 +88,15 @@ def make_batches(maker: SampleMaker, stage: Stage) -> Batches:
     return Batches(draw, lambda images: features[list(images)], stage.steps, stage.tokens_per_batch, seed=0)
 
 
+def test_processes_draw_batches_of_their_own_and_always_the_same(maker: SampleMaker) -> None:
+    def drawn(process: int) -> list[list[int]]:
+        return [batch["input_ids"].flatten().tolist() for batch in make_batches(maker, ALIGN).of_process(process)]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(1) == drawn(1)
+    assert drawn(0) != drawn(1)
+
+
 def test_padding_does_not_change_the_loss(maker: SampleMaker) -> None:
     torch.manual_seed(0)
     model = Vila(TINY).eval()

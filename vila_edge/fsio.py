@@ -137,9 +137,14 @@ def sha256(path: Path) -> str:
 
 def _move_into_place(staging: Path, target: Path) -> None:
     retired = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if os.path.lexists(target):
-        target.rename(retired)
-    staging.rename(target)
+    try:
+        if os.path.lexists(target):
+            target.rename(retired)
+        staging.rename(target)
+    except BaseException:
+        if os.path.lexists(retired) and not os.path.lexists(target):
+            retired.rename(target)
+        raise
     _sync_folder(target.parent)
     if retired.is_dir() and not retired.is_symlink():
         shutil.rmtree(retired)
