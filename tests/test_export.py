@@ -128,6 +128,17 @@ def test_a_wrong_graph_is_not_exported(
     assert os.listdir(tmp_path) == []
 
 
+def test_four_bits_in_the_wrong_order_are_not_exported(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound for 4 bits is looser, and still catches weights that are not the model's."""
+    pack = int4.pack
+    monkeypatch.setattr(int4, "pack", lambda values: pack(values) >> 4 | pack(values) << 4)
+    with pytest.raises(ParityError, match="^llm: mean cosine .* expected 0.9"):
+        export_bundle(tiny_checkpoint, tmp_path / "b", Recipe(group_size=32), quiet)
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_output_that_is_not_finite_is_not_exported(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
