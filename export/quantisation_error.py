@@ -22,7 +22,6 @@ from vila_edge.export.awq import quantise_blocks
 from vila_edge.export.calibration import batches, built_in, inputs_embeds, read_samples
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.reference.torch_ops import TorchOps
-from vila_edge.tokenizer import Tokenizer
 
 Params = dict[str, Tensor]
 
@@ -33,7 +32,7 @@ def main(
     group_size: Annotated[int, typer.Option()] = 128,
 ) -> None:
     opened = Checkpoint(checkpoint)
-    cfg, tokenizer = opened.config, Tokenizer(opened.tokenizer_json())
+    cfg, tokenizer = opened.config, opened.tokenizer()
     samples = read_samples(calibration) if calibration else built_in()
     params = {name: torch.from_numpy(value) for name, value in opened.parameters().items()}
     table = Table(title=f"Relative squared error of each block's output, int4 in groups of {group_size}")

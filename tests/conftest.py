@@ -41,7 +41,7 @@ def tokenizer_json() -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_json: str) -> Tokenizer:
-    return Tokenizer(tokenizer_json)
+    return Tokenizer(tokenizer_json, config=TINY.tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from vila_edge import architecture, int4
-from vila_edge.bundle import GRAPHS, Bundle, write_manifest
+from vila_edge import int4
+from vila_edge.bundle import Bundle, write_manifest
 from vila_edge.config import VilaConfig
-from vila_edge.engine.onnxruntime import DIALECT, OnnxruntimeEngine
-from vila_edge.export.graphs import write_graphs
-from vila_edge.export.onnxruntime_ops import ACCURACY_FLOAT32, ROPE_COS, ROPE_SIN, OnnxruntimeOps
-from vila_edge.export.run import write_weights
+from vila_edge.engine.onnxruntime import OnnxruntimeEngine
+from vila_edge.export.onnxruntime_ops import ACCURACY_FLOAT32, OnnxruntimeOps
+from vila_edge.export.weights import write_model
 from vila_edge.parameters import is_quantised
 
 
@@ -35,11 +34,7 @@ def int4_tensors(params: dict[str, NDArray[Any]], group_size: int) -> tuple[dict
 
 
 def handmade_bundle(cfg: VilaConfig, tensors: dict[str, NDArray[Any]], folder: Path) -> Bundle:
-    cos, sin = architecture.rope_table(0, cfg.llm.context_length, cfg.llm.head_dim, cfg.llm.rope_theta)
-    stored = write_weights(folder, tensors | {ROPE_COS: cos, ROPE_SIN: sin})
-    (folder / GRAPHS / DIALECT).mkdir(parents=True)
-    for name, graph in write_graphs(cfg, stored, ExactOps).items():
-        (folder / GRAPHS / DIALECT / f"{name}.onnx").write_bytes(graph)
+    write_model(folder, cfg, tensors, "{}", ExactOps)
     write_manifest(folder, name="handmade", config=cfg, quantization={}, provenance={}, license_note="", parity={})
     return Bundle.open(folder)
 

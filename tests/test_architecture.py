@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,17 +15,13 @@ from vila_edge import architecture
 from vila_edge.config import VilaConfig
 from vila_edge.parameters import count_parameters, is_quantised, parameter_shapes
 from vila_edge.reference.engine import ReferenceEngine, numpy_engine
+from vila_edge.reference.torch_engine import numpy_parameters_engine as torch_engine
 from vila_edge.reference.torch_ops import TorchOps
 
 PARAMS = random_parameters(TINY)
 RNG = np.random.default_rng(1)
 PIXELS = RNG.standard_normal((2, 3, 46, 46)).astype(np.float32)
 IDS = RNG.integers(0, TINY.llm.vocab_size, 21).tolist()
-
-
-def torch_engine(cfg: VilaConfig, params: dict[str, NDArray[Any]]) -> ReferenceEngine:
-    tensors = {name: torch.from_numpy(value) for name, value in params.items()}
-    return ReferenceEngine(cfg, "torch", lambda kv: TorchOps(tensors, kv), torch.from_numpy, torch.Tensor.numpy)
 
 
 ENGINES: dict[str, Callable[..., ReferenceEngine]] = {"numpy": numpy_engine, "torch": torch_engine}

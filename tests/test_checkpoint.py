@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.tiny import TINY, random_parameters
-from vila_edge.config import Fields, Profile, VilaConfig, from_plain
+from vila_edge.config import Profile, VilaConfig, from_plain
 from vila_edge.errors import CheckpointError, ConfigError, InputError
-from vila_edge.export.checkpoint import Checkpoint, read_config
+from vila_edge.export.checkpoint import Checkpoint
+from vila_edge.export.fields import Fields
 from vila_edge.tokenizer import Tokenizer
 
 
@@ -133,53 +134,74 @@ def test_a_missing_tensor_and_a_broken_one(checkpoint_copy: Path) -> None:
         ("llm/config.json", {"hidden_size": None}, "llm/config.json: 'hidden_size' is missing"),
         ("llm/config.json", {"hidden_size": "64"}, "'hidden_size' is '64', expected a positive whole number"),
         ("llm/config.json", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', expected 'silu'"),
-        ("llm/config.json", {"rope_scaling": {"type": "linear"}}, "'rope_scaling' is .*, expected None"),
+        ("llm/config.json", {"rope_scaling": {"type": "linear"}}, "rope_scaling: 'factor' is missing"),
+        ("llm/config.json", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'type' is 'dynamic', expected"),
+        ("llm/config.json", {"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "'x' is set to 1"),
         ("llm/config.json", {"rope_parameters": {"rope_type": "yarn"}}, "'rope_type' is 'yarn'"),
         ("llm/config.json", {"attention_bias": True}, "'attention_bias' is True, expected False"),
-        ("llm/config.json", {"sliding_window": 512}, "'sliding_window' is set to 512, .*does not understand"),
-        ("llm/config.json", {"model_type": "qwen2"}, "'model_type' is 'qwen2', expected 'llama'"),
+        ("llm/config.json", {"use_sliding_window": True}, "'use_sliding_window' is True, expected False"),
+        ("llm/config.json", {"mystery": 512}, "'mystery' is set to 512, .*does not understand"),
+        ("llm/config.json", {"model_type": "mistral"}, "'model_type' is 'mistral', expected 'llama' or 'qwen2'"),
         ("llm/config.json", {"num_hidden_layers": 10**12}, "num_hidden_layers .*: expected at most 1,024"),
         ("llm/config.json", {"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3"),
         ("vision_tower/config.json", {"hidden_act": "quick_gelu"}, "expected 'gelu_pytorch_tanh'"),
-        ("vision_tower/config.json", {"model_type": "clip_vision_model"}, "expected 'siglip_vision_model'"),
+        ("vision_tower/config.json", {"model_type": "vit"}, "expected 'siglip_vision_model' or 'clip_vision_model'"),
+        ("vision_tower/config.json", {"model_type": "intern_vit_6b"}, "a tower that this version does not compute"),
         ("vision_tower/preprocessor_config.json", {"resample": 2}, "'resample' is 2, expected 3"),
         ("vision_tower/preprocessor_config.json", {"size": {"height": 9, "width": 9}}, "expected height and width 46"),
         ("vision_tower/preprocessor_config.json", {"image_mean": [0.5]}, "expected a list of three numbers"),
         ("vision_tower/preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, "image_std .*: expected positive"),
         ("vision_tower/preprocessor_config.json", {"image_mean": [0.5, 1e999, 0.5]}, "image_mean .*: expected finite"),
-        ("mm_projector/config.json", {"mm_projector_type": "linear"}, "expected 'mlp_downsample'"),
-        ("config.json", {"image_aspect_ratio": "dynamic"}, "'image_aspect_ratio' is 'dynamic', expected 'resize'"),
-        ("config.json", {"s2": True}, "'s2' is True, expected False"),
-        ("config.json", {"mm_vision_select_layer": -1}, "expected -2"),
+        (
+            "mm_projector/config.json",
+            {"mm_projector_type": "qformer"},
+            "mm_projector_type 'qformer': expected one of linear",
+        ),
+        ("mm_projector/config.json", {"mm_projector_type": "mlp99x_gelu"}, "expected one of linear"),
+        ("config.json", {"image_aspect_ratio": "anyres"}, "'image_aspect_ratio' is 'anyres', expected 'square' or"),
+        ("config.json", {"image_aspect_ratio": "dynamic_s2"}, "does not go with scales None"),
+        ("config.json", {"s2": True}, "'s2_scales' is missing"),
+        ("config.json", {"s2": True, "s2_scales": "46,92", "s2_max_split_size": 92}, "'s2_max_split_size' is 92"),
+        ("config.json", {"s2": True, "s2_scales": "46,100", "s2_max_split_size": 46}, "expected multiples of the smallest"),
+        ("config.json", {"s2": True, "s2_scales": "50,100", "s2_max_split_size": 50}, "expected to start with 46"),
+        ("config.json", {"s2": True, "s2_scales": "9" * 30}, "expected numbers with commas"),
+        ("config.json", {"mm_vision_select_layer": -9}, "select_layer -9: expected from -3 to -1"),
+        ("config.json", {"mm_vision_select_feature": "patch"}, "would drop the first patch"),
+        ("config.json", {"vision_resolution": 512}, "'vision_resolution' is 512, expected -1"),
+        ("config.json", {"ps3": True}, "'ps3' is True, expected False"),
         ("config.json", {"vila_edge_profile": {"era": "vila1.5"}}, "vila_edge_profile: field .* is missing"),
-        ("config.json", {"vila_edge_profile": None}, "cannot tell the era of this checkpoint"),
     ],
 )
 def test_what_is_not_understood_is_refused(file: str, changes: Any, message: str, checkpoint_copy: Path) -> None:
     edit(checkpoint_copy / file, **changes)
     with pytest.raises(ConfigError, match=message) as error:
-        read_config(checkpoint_copy)
+        Checkpoint(checkpoint_copy)
     assert file in error.value.message
 
 
-@pytest.mark.parametrize("missing", ["llm", "vision_tower", "mm_projector"])
+@pytest.mark.parametrize("missing", ["vision_tower", "mm_projector"])
 def test_a_missing_folder_is_named(missing: str, checkpoint_copy: Path) -> None:
     (checkpoint_copy / missing).rename(checkpoint_copy / "other")
-    with pytest.raises(CheckpointError, match=f"no folder {missing}/"):
+    with pytest.raises(CheckpointError, match=f"{missing}: no such folder"):
         Checkpoint(checkpoint_copy)
 
 
-def test_a_checkpoint_without_a_fast_tokenizer(checkpoint_copy: Path) -> None:
+def test_a_folder_that_is_no_checkpoint(checkpoint_copy: Path) -> None:
+    (checkpoint_copy / "llm").rename(checkpoint_copy / "other")
+    with pytest.raises(CheckpointError, match="no folder llm/, and config.json has no 'mm_vision_tower'"):
+        Checkpoint(checkpoint_copy)
+
+
+def test_a_checkpoint_without_a_tokenizer(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "llm" / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="tokenizer.json: missing") as error:
-        Checkpoint(checkpoint_copy).tokenizer_json()
-    assert "save_pretrained" in error.value.hint
+    with pytest.raises(CheckpointError, match="tokenizer.json: missing; expected a tokenizer.json or a tokenizer"):
+        Checkpoint(checkpoint_copy)
 
 
 def test_a_tokenizer_that_is_no_text(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "llm" / "tokenizer.json").write_bytes(b'{"version": "\xff"}')
     with pytest.raises(InputError, match="tokenizer.json: not UTF-8 text: invalid start byte at byte 13"):
-        Checkpoint(checkpoint_copy).tokenizer_json()
+        Checkpoint(checkpoint_copy)
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:

@@ -1,66 +1,108 @@
-"""A checkpoint of VILA1.5's own layout against values that the original implementation computed."""
+"""Every family against golden cases, stage by stage: text, token ids, pixels, features, embeddings, logits."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from tests.graphs import graph_engine
-from tests.test_architecture import torch_engine
 from vila_edge.engine.protocol import Engine
 from vila_edge.export.checkpoint import Checkpoint
-from vila_edge.media.image import load_image
-from vila_edge.preprocess import preprocess
+from vila_edge.export.parity import TOLERANCE, case_prompts, measure
+from vila_edge.prompt import Turn, prompt_text, render
 from vila_edge.reference.engine import numpy_engine
+from vila_edge.reference.torch_engine import numpy_parameters_engine
+from vila_edge.templates import get_template
+from vila_edge.tiles import closest_grid
 
-CASE = Path(__file__).parent / "golden" / "vila1_5"
-CHECKPOINT = Checkpoint(CASE / "checkpoint")
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 ENGINES: dict[str, Callable[..., Engine]] = {
     "numpy": numpy_engine,
-    "torch": torch_engine,
+    "torch": numpy_parameters_engine,
     "onnxruntime": graph_engine,
 }
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    make = ENGINES[request.param]
-    if make is graph_engine:
-        return make(CHECKPOINT.config, CHECKPOINT.parameters(), tmp_path_factory.mktemp("golden"))
-    return make(CHECKPOINT.config, CHECKPOINT.parameters())
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Checkpoint]]:
+    folder = GOLDEN / request.param
+    yield folder, Checkpoint(folder / "checkpoint")
 
 
-@pytest.mark.parametrize("prompt", ["single", "multi3"])
+@pytest.mark.parametrize("backend", ENGINES)
 @torch.inference_mode()
-def test_every_stage_equals_the_original(prompt: str, engine: Engine) -> None:
-    case: dict[str, Any] = json.loads((CASE / f"{prompt}.json").read_text())
-    want: dict[str, NDArray[np.float32]] = dict(np.load(CASE / f"{prompt}.npz"))
-    images = [load_image(CASE / "images" / f"{name}.png") for name in case["images"]]
-
-    pixel_values = preprocess(images, CHECKPOINT.config.preprocess)
-    np.testing.assert_allclose(pixel_values, want["pixel_values"], atol=1e-6)
-    features = engine.encode_images(pixel_values)
-    np.testing.assert_allclose(features, want["vision_features"], atol=1e-4)
-    image_embeds = engine.project(features)
-    np.testing.assert_allclose(image_embeds, want["projected"], atol=1e-4)
-
-    slots = iter(image_embeds)
-    embeds = np.concatenate(
-        [next(slots) if token == -200 else engine.embed_tokens([token]) for token in case["input_ids"]]
-    )
-    np.testing.assert_allclose(embeds, want["inputs_embeds"].reshape(embeds.shape), atol=1e-4)
-    logits = engine.forward(embeds, engine.new_cache(512), range(len(embeds)))
-    np.testing.assert_allclose(logits, want["logits"].reshape(logits.shape), atol=1e-4)
+def test_every_stage_equals_the_original(backend: str, case: tuple[Path, Checkpoint], tmp_path: Path) -> None:
+    folder, checkpoint = case
+    cfg, params = checkpoint.config, checkpoint.parameters()
+    place = (tmp_path / "bundle",) if backend == "onnxruntime" else ()
+    engine = ENGINES[backend](cfg, params, *place)
+    for prompt in case_prompts(folder):
+        found = measure(folder, prompt, cfg, checkpoint.tokenizer(), engine)
+        assert found.text_equal, found
+        assert found.ids_equal, found
+        assert found.differences["logits"] is not None
+        assert found.passed(TOLERANCE), found
 
 
-def test_the_era_is_detected_from_the_files() -> None:
-    assert CHECKPOINT.config.profile.era == "vila1.5"
-    assert CHECKPOINT.config.profile.token_order == "column_major"
-    assert CHECKPOINT.config.llm.context_length == 512  # the stored model_max_length is below the 1024 positions
+@pytest.mark.parametrize(
+    ("name", "era", "token_order", "template"),
+    [
+        ("v10_linear_crop", "v1.0", "row_major", "vicuna_v1"),
+        ("v15_siglip_mlp_downsample_resize", "vila1.5", "column_major", "vicuna_v1"),
+        ("v15_hermes_pad_decoder", "vila1.5", "column_major", "hermes-2"),
+        ("nvila_dynamic_s2", "nvila", "row_major", "qwen2"),
+    ],
+)
+def test_the_era_is_detected_from_the_files(name: str, era: str, token_order: str, template: str) -> None:
+    checkpoint = Checkpoint(GOLDEN / name / "checkpoint")
+    profile = checkpoint.config.profile
+    assert (profile.era, profile.token_order, profile.template) == (era, token_order, template)
+    assert checkpoint.warnings == []
+
+
+def test_the_smallest_of_the_stored_limits_is_the_context() -> None:
+    config = Checkpoint(GOLDEN / "v15_siglip_mlp_downsample_resize" / "checkpoint").config
+    assert config.llm.context_length == 512  # the stored model_max_length is below the 1024 positions
+
+
+def test_tiling_tables() -> None:
+    """Some thousand sizes, a third of them with an exact tie between two grids."""
+    with (GOLDEN / "tiling.csv").open() as file:
+        rows = [tuple(map(int, row)) for row in csv.reader(file) if not row[0].startswith("#")]
+    assert len(rows) > 3000
+    for width, height, columns, dynamic_rows, *block in rows:
+        assert closest_grid(width, height, 448, 1, 12) == (dynamic_rows, columns), (width, height)
+        assert closest_grid(width, height, 448, 9, 12) == tuple(block), (width, height)
+
+
+def _templates() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((GOLDEN / "templates.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("case_", _templates(), ids=lambda c: f"{c['template']}-{len(c['turns'])}")
+def test_prompt_strings_of_every_template(case_: dict[str, Any]) -> None:
+    strip = case_["template"] == "qwen2"
+    turns = [
+        Turn("assistant" if i % 2 else "user", text.strip() if strip else text) for i, text in enumerate(case_["turns"])
+    ]
+    assert prompt_text(render(turns, get_template(case_["template"]))) == case_["prompt"]
+
+
+def test_a_wrong_model_does_not_pass() -> None:
+    """The comparison itself can fail: one bit of one weight's largest value is seen in the logits."""
+    folder = GOLDEN / "v10_linear_crop"
+    checkpoint = Checkpoint(folder / "checkpoint")
+    params = checkpoint.parameters()
+    params["llm.model.norm.weight"] = params["llm.model.norm.weight"] * np.float32(1.001)
+    found = measure(folder, "text", checkpoint.config, checkpoint.tokenizer(), numpy_engine(checkpoint.config, params))
+    assert not found.passed(TOLERANCE)
+    assert found.differences["inputs_embeds"] == 0

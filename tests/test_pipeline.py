@@ -111,7 +111,7 @@ def test_a_cancelled_reply_stops_before_the_next_token(pipeline: Pipeline) -> No
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(pipeline: Pipeline, pictures: list[Path]) -> None:
-    with pytest.raises(ContextError, match=r"the prompt takes \d+ positions \(3 images of 9 and \d+ of text\)"):
+    with pytest.raises(ContextError, match=r"the prompt takes \d+ positions \(27 of 3 images and \d+ of text\)"):
         pipeline.generate("<image> <image> <image>" + " seven" * 200, pictures)
 
 

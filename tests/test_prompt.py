@@ -8,7 +8,7 @@ import pytest
 
 from tests.tiny import TINY
 from vila_edge.errors import ConfigError, PromptError
-from vila_edge.prompt import Chunk, ImageSlot, TextChunk, Turn, assemble, check_slots, document, place_images
+from vila_edge.prompt import Chunk, ImageSlot, TextChunk, Turn, assemble, check_slots, document, place_media
 from vila_edge.templates import get_template
 from vila_edge.tokenizer import Tokenizer
 
@@ -28,13 +28,13 @@ def read(chunks: list[Chunk], tokenizer: Tokenizer) -> list[str | int]:
 
 
 def test_images_without_marks_go_first() -> None:
-    assert place_images("Which is larger?", 2) == "<image>\n<image>\nWhich is larger?"
-    assert place_images("Hello", 0) == "Hello"
+    assert place_media("Which is larger?", ["<image>"] * 2, PROFILE) == "<image>\n<image>\nWhich is larger?"
+    assert place_media("Hello", ["<image>"] * 0, PROFILE) == "Hello"
 
 
 def test_images_with_marks_stay() -> None:
     text = "Is <image> larger than <image>?"
-    assert place_images(text, 2) == text
+    assert place_media(text, ["<image>"] * 2, PROFILE) == text
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_images_with_marks_stay() -> None:
 )
 def test_marks_and_images_must_match(text: str, count: int, message: str) -> None:
     with pytest.raises(PromptError, match=message):
-        place_images(text, count)
+        place_media(text, ["<image>"] * count, PROFILE)
 
 
 def test_chunks_keep_the_order_of_text_and_images(tokenizer: Tokenizer) -> None:
@@ -98,7 +98,7 @@ def test_a_user_cannot_type_a_control_token(tokenizer: Tokenizer) -> None:
 
 def test_text_between_images_is_tokenised_alone(tokenizer: Tokenizer) -> None:
     """Spec 3.3: one bos in front of all, none in later chunks; adjacent images have nothing between them."""
-    chunks = document("<image>dax;<image><image>wug", tokenizer)
+    chunks = document("<image>dax;<image><image>wug", tokenizer, PROFILE)
     assert read(chunks, tokenizer) == ["<s>", 0, " dax;", 1, 2, " wug"]
 
 

@@ -25,7 +25,7 @@ def test_the_second_answer_is_that_of_the_whole_conversation(pipeline: Pipeline,
     assert second.timings.prompt_tokens == whole.timings.prompt_tokens
     assert second.timings.cached_tokens >= first.timings.prompt_tokens
     assert session.history == [*turns, Turn("assistant", second.text)]
-    assert [image.source for image in session.images] == [str(path) for path in pictures[:2]]
+    assert [image.source for image in session.media] == [str(path) for path in pictures[:2]]
 
 
 def test_an_error_leaves_the_conversation_as_it_was(pipeline: Pipeline, pictures: list[Path]) -> None:
@@ -54,5 +54,5 @@ def test_a_cleared_session_is_a_new_one(pipeline: Pipeline, pictures: list[Path]
     session = Session(pipeline, SHORT)
     first = session.ask("What is <image>?", pictures[:1]).finish()
     session.clear()
-    assert (session.history, session.images, session.positions_used) == ([], [], 0)
+    assert (session.history, session.media, session.positions_used) == ([], [], 0)
     assert session.ask("What is <image>?", pictures[:1]).finish().token_ids == first.token_ids

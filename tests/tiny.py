@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vila_edge.config import LlmConfig, PreprocessConfig, Profile, ProjectorConfig, VilaConfig, VisionConfig
-from vila_edge.micro.tokens import VOCAB_SIZE
+from vila_edge.config import (
+    LlmConfig,
+    PreprocessConfig,
+    ProjectorConfig,
+    RopeConfig,
+    TokenizerConfig,
+    VilaConfig,
+    VisionConfig,
+)
+from vila_edge.micro.tokens import BOS, VOCAB_SIZE
 from vila_edge.parameters import parameter_shapes
+from vila_edge.profiles import VILA_1_5
 
 # An odd grid (5 x 5 patches, 45 pixels of 9) so that padding shows, and grouped queries (4 heads on 2).
 TINY = VilaConfig(
     vision_tower=VisionConfig(
+        model_type="siglip_vision_model",
+        hidden_act="gelu_pytorch_tanh",
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
@@ -22,9 +34,11 @@ TINY = VilaConfig(
         patch_size=9,
         layer_norm_eps=1e-6,
         select_layer=-2,
+        select_feature="cls_patch",
     ),
     mm_projector=ProjectorConfig("mlp_downsample"),
     llm=LlmConfig(
+        model_type="llama",
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -34,7 +48,7 @@ TINY = VilaConfig(
         vocab_size=VOCAB_SIZE,
         context_length=128,
         rms_norm_eps=1e-5,
-        rope_theta=10_000.0,
+        rope=RopeConfig(rope_theta=10_000.0),
         tie_word_embeddings=False,
     ),
     preprocess=PreprocessConfig(
@@ -44,7 +58,8 @@ TINY = VilaConfig(
         image_mean=(0.5, 0.4, 0.3),
         image_std=(0.5, 0.6, 0.7),
     ),
-    profile=Profile(era="vila1.5", token_order="column_major", tokenization="per_chunk", template="vicuna_v1_nosys"),
+    profile=dataclasses.replace(VILA_1_5, template="vicuna_v1_nosys"),
+    tokenizer=TokenizerConfig(bos_token=BOS),
 )
 
 

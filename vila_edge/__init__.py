@@ -7,10 +7,24 @@
 """
 
 from vila_edge.errors import VilaEdgeError
-from vila_edge.pipeline import Pipeline, Reply, load
-from vila_edge.prompt import Turn
+from vila_edge.media.video import Video, load_video
+from vila_edge.pipeline import Pipeline, Reply, Shot, load
+from vila_edge.prompt import Turn, think_step_by_step
 from vila_edge.sampler import Sampling
 from vila_edge.session import Session
 from vila_edge.version import __version__
 
-__all__ = ["Pipeline", "Reply", "Sampling", "Session", "Turn", "VilaEdgeError", "__version__", "load"]
+__all__ = [
+    "Pipeline",
+    "Reply",
+    "Sampling",
+    "Session",
+    "Shot",
+    "Turn",
+    "Video",
+    "VilaEdgeError",
+    "__version__",
+    "load",
+    "load_video",
+    "think_step_by_step",
+]

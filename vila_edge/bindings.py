@@ -46,13 +46,14 @@ LOGITS = "logits"
 def vision_tower(cfg: VilaConfig) -> GraphBindings:
     tower = cfg.vision_tower
     pixels = Binding(PIXEL_VALUES, "float32", ("images", 3, tower.image_size, tower.image_size))
-    features = Binding(IMAGE_FEATURES, "float32", ("images", tower.grid_size**2, tower.hidden_size))
+    features = Binding(IMAGE_FEATURES, "float32", ("images", tower.num_features, tower.hidden_size))
     return GraphBindings((pixels,), (features,))
 
 
 def mm_projector(cfg: VilaConfig) -> GraphBindings:
+    features = Binding(IMAGE_FEATURES, "float32", ("images", cfg.vision_tower.num_features, cfg.mm_hidden_size))
     embeds = Binding(IMAGE_EMBEDS, "float32", ("images", cfg.tokens_per_image, cfg.llm.hidden_size))
-    return GraphBindings(vision_tower(cfg).outputs, (embeds,))
+    return GraphBindings((features,), (embeds,))
 
 
 def decoder(cfg: VilaConfig) -> GraphBindings:

@@ -1,13 +1,14 @@
 """The sizes and choices that make one VILA: read once, checked once, derived from everywhere.
 
-Field names are those of the checkpoint's own `config.json` files. A key that is missing is named;
-a key that is not understood is refused, because it might change the maths.
+Field names are those of the checkpoint's own `config.json` files, wherever those have one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +17,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from vila_edge.errors import ConfigError
 
 TokenOrder = Literal["row_major", "column_major"]
-Tokenization = Literal["per_chunk"]
+Tokenization = Literal["per_chunk", "whole"]
+Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu"]
+AspectRatio = Literal["square", "resize", "pad", "dynamic", "dynamic_s2"]
+FrameRule = Literal["before_last", "rounded"]
 
 Config = TypeVar("Config")
 
 MAX_LAYERS = 1024  # several times what any published model has; every layer costs time before anything is read
+MAX_PROJECTOR_DEPTH = 16
 
 
 class Heads(NamedTuple):
@@ -33,8 +38,10 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A SigLIP vision tower. Features are the hidden states after all but the last block."""
+    """A SigLIP or CLIP vision tower. Features are the hidden states after some of its blocks."""
 
+    model_type: Literal["siglip_vision_model", "clip_vision_model"]
+    hidden_act: Activation
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -43,6 +50,7 @@ class VisionConfig:
     patch_size: int
     layer_norm_eps: float
     select_layer: int  # index into the hidden states: -2 leaves the last block out
+    select_feature: Literal["patch", "cls_patch"]  # patch leaves the class token out, where there is one
 
     def __post_init__(self) -> None:
         _check_numbers(self, all_but=("select_layer",))
@@ -51,11 +59,23 @@ class VisionConfig:
             raise ConfigError(f"select_layer {self.select_layer}: expected from -{self.num_hidden_layers} to -1")
         if self.patch_size > self.image_size:
             raise ConfigError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        if self.select_feature == "patch" and not self.has_class_token:
+            raise ConfigError("select_feature 'patch' would drop the first patch of a tower without a class token")
+
+    @property
+    def has_class_token(self) -> bool:
+        """CLIP puts a learned class token in front of its patches, and a norm behind the embeddings."""
+        return self.model_type == "clip_vision_model"
 
     @property
     def grid_size(self) -> int:
         """Patches per side. Pixels that do not fill a patch are not looked at."""
         return self.image_size // self.patch_size
+
+    @property
+    def num_features(self) -> int:
+        """Vectors that come out for one tile."""
+        return self.grid_size**2 + (self.has_class_token and self.select_feature == "cls_patch")
 
     @property
     def num_layers_run(self) -> int:
@@ -68,22 +88,71 @@ class VisionConfig:
         return Heads(n, n, self.hidden_size // n)
 
 
+# mm_projector_type -> patches per side folded into one token, and the widths between its linears
+# as functions of C, the width of a patch, and H, the width of the LLM (spec section 2.4).
+_DOWNSAMPLING: dict[str, tuple[int, typing.Callable[[int, int], tuple[int, ...]]]] = {
+    "mlp_downsample": (2, lambda c, h: (h,)),
+    "mlp_downsample_2x2_fix": (2, lambda c, h: (h,)),
+    "mlp_downsample_3x3_fix": (3, lambda c, h: (3 * c, h)),
+    "mlp_downsample_3x3_s2": (3, lambda c, h: (3 * c, c, c // 3, h)),
+    "mlp_downsample_3x3_s2_new": (3, lambda c, h: (4 * c, 2 * c, c, c // 3, h)),
+}
+PROJECTOR_TYPES = ("linear", "mlp2x_gelu", *_DOWNSAMPLING)  # mlpNx_gelu stands for any depth
+
+
 @dataclass(frozen=True)
 class ProjectorConfig:
     """The step from image_features to image_embeds."""
 
-    mm_projector_type: Literal["mlp_downsample"]
+    mm_projector_type: str
+
+    def __post_init__(self) -> None:
+        name = self.mm_projector_type
+        if name != "linear" and name not in _DOWNSAMPLING and not 1 <= self.mlp_depth <= MAX_PROJECTOR_DEPTH:
+            raise ConfigError(f"mm_projector_type {name!r}: expected one of {', '.join(PROJECTOR_TYPES)}")
 
     @property
     def downsample(self) -> int:
         """Patches per side that are folded into one token."""
-        return 2
+        return _DOWNSAMPLING.get(self.mm_projector_type, (1, None))[0]
+
+    @property
+    def mlp_depth(self) -> int:
+        """Linears of a `mlpNx_gelu`; 0 for the other types."""
+        match = re.fullmatch(r"mlp([1-9]\d?)x_gelu", self.mm_projector_type)
+        return int(match[1]) if match else 0
+
+    def hidden_widths(self, mm_hidden_size: int, hidden_size: int) -> tuple[int, ...]:
+        """Widths between the linears of a downsampling projector."""
+        return _DOWNSAMPLING[self.mm_projector_type][1](mm_hidden_size, hidden_size)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: the base, and how positions beyond the first training are squeezed.
+
+    linear: positions / factor. llama3: slow waves / factor, fast ones as they are, a blend between (the two
+    frequency factors bound it, in waves per original context).
+    """
+
+    rope_theta: float
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(f"high_freq_factor {self.high_freq_factor}: expected above {self.low_freq_factor}")
 
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """A LLaMA decoder."""
+    """A LLaMA or Qwen2 decoder. They differ in the biases of q, k and v."""
 
+    model_type: Literal["llama", "qwen2"]
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -93,7 +162,7 @@ class LlmConfig:
     vocab_size: int
     context_length: int  # positions it was made for, all limits of the checkpoint considered
     rms_norm_eps: float
-    rope_theta: float
+    rope: RopeConfig
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
@@ -103,19 +172,30 @@ class LlmConfig:
             raise ConfigError(f"head_dim {self.head_dim}: expected an even number, for rotary embeddings")
 
     @property
+    def qkv_bias(self) -> bool:
+        return self.model_type == "qwen2"
+
+    @property
     def heads(self) -> Heads:
         return Heads(self.num_attention_heads, self.num_key_value_heads, self.head_dim)
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """From an RGB image to pixel_values: bicubic resize, `* rescale_factor`, `(x - mean) / std`."""
+    """From an RGB image to pixel_values: bicubic resizes, `* rescale_factor`, `(x - mean) / std` (spec 2.2).
 
-    image_aspect_ratio: Literal["resize"]
+    `image_aspect_ratio` says what is done with an image before the tower's own processor sees it. That one
+    squashes to a square, or, if there is a `shortest_edge`, resizes to that and takes the centre.
+    """
+
+    image_aspect_ratio: AspectRatio
     image_size: int
     rescale_factor: float
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
+    shortest_edge: int | None = None
+    min_tiles: int = 1
+    max_tiles: int = 12
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -123,16 +203,83 @@ class PreprocessConfig:
             raise ConfigError(f"image_mean {list(self.image_mean)}: expected finite numbers")
         if not all(0 < std < math.inf for std in self.image_std):
             raise ConfigError(f"image_std {list(self.image_std)}: expected positive numbers")
+        if self.shortest_edge is not None and self.shortest_edge < self.image_size:
+            raise ConfigError(f"shortest_edge {self.shortest_edge}: expected at least image_size {self.image_size}")
+        if self.min_tiles > self.max_tiles:
+            raise ConfigError(f"min_tiles {self.min_tiles} is more than max_tiles {self.max_tiles}")
+
+
+@dataclass(frozen=True)
+class ScalesConfig:
+    """An image looked at in several sizes, whose features are laid side by side (spec 2.3).
+
+    With `dynamic` the largest size follows the image's aspect ratio; otherwise all are squares.
+    """
+
+    dynamic: bool
+    s2_scales: tuple[int, ...]  # pixels per side, ascending; tiles of the tower's size cut each
+    resize_output_to: int  # index of the scale whose grid the features get
+
+    def __post_init__(self) -> None:
+        scales = self.s2_scales
+        if not scales or min(scales) < 1 or list(scales) != sorted(set(scales)):
+            raise ConfigError(f"s2_scales {list(scales)}: expected sizes in ascending order")
+        if any(scale % scales[0] for scale in scales):
+            raise ConfigError(f"s2_scales {list(scales)}: expected multiples of the smallest")
+        if not 0 <= self.resize_output_to < len(scales):
+            raise ConfigError(f"resize_output_to {self.resize_output_to}: expected an index into {list(scales)}")
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Tiles per side of each scale, as far as it is a square."""
+        return tuple(scale // self.s2_scales[0] for scale in self.s2_scales)
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Which frames of a video are looked at, and how their tokens are pooled: (frames, rows, columns) at a time."""
+
+    num_video_frames: int = 8
+    fps: float = 0.0  # 0: as many frames as above, whatever the length
+    pool_sizes: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, all_but=("fps",))
+        if not 0 <= self.fps < math.inf:
+            raise ConfigError(f"fps {self.fps}: expected a number from 0 on")
+        if any(size < 1 for pool in self.pool_sizes for size in pool):
+            raise ConfigError(f"pool_sizes {[list(pool) for pool in self.pool_sizes]}: expected positive numbers")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What `tokenizer.json` does not say.
+
+    A slow LLaMA tokenizer puts `prefix` before a text once, however many control tokens follow; but not
+    where the text begins with one of `special_tokens`.
+    """
+
+    bos_token: str | None = None
+    prefix: str = ""
+    special_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What an era of VILA does beyond the sizes. Code asks the profile, never a model's name."""
+    """What an era of VILA does beyond the sizes. Code asks the profile, never a model's name (spec section 0)."""
 
     era: str
-    token_order: TokenOrder  # of the tokens that `mlp_downsample` emits (spec: silent if wrong)
+    token_order: TokenOrder  # of the tokens that `mlp_downsample` emits: silent if wrong
     tokenization: Tokenization  # per_chunk: the text between two images is tokenised alone
     template: str
+    stop_tokens: tuple[str, ...]
+    image_lead: str = "<image>\n"  # what goes before the text for an image without a mark
+    image_end: str = ""  # text whose embedding follows the tokens of each tile or frame
+    tile_end: str = ""  # text behind the mark of each tile
+    strip_turns: bool = False
+    video_as: Literal["frames", "video"] = "frames"  # frames: each is an image of its own
+    frame_rule: FrameRule = "before_last"
+    few_shot: str = "<image>\n{answer}\n"  # one example
 
 
 @dataclass(frozen=True)
@@ -144,11 +291,42 @@ class VilaConfig:
     llm: LlmConfig
     preprocess: PreprocessConfig
     profile: Profile
+    scales: ScalesConfig | None = None
+    video: VideoConfig = dataclasses.field(default_factory=VideoConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+
+    def __post_init__(self) -> None:
+        tower, aspect = self.vision_tower, self.preprocess.image_aspect_ratio
+        if self.mm_projector.downsample > 1 and tower.num_features != tower.grid_size**2:
+            raise ConfigError(f"{self.mm_projector.mm_projector_type} needs patches alone, not a class token")
+        if (aspect == "dynamic_s2") != (self.scales is not None and self.scales.dynamic):
+            raise ConfigError(f"image_aspect_ratio {aspect!r} does not go with scales {self.scales}")
+        if self.scales and self.scales.s2_scales[0] != tower.image_size:
+            raise ConfigError(f"s2_scales {list(self.scales.s2_scales)}: expected to start with {tower.image_size}")
+        if self.scales and tower.num_features != tower.grid_size**2:
+            raise ConfigError("s2_scales need patches alone, not a class token")
+        seen = self.scales.s2_scales[-1] if self.scales and not self.scales.dynamic else tower.image_size
+        if self.preprocess.image_size != seen:
+            raise ConfigError(f"the processor makes images of {self.preprocess.image_size} pixels, not {seen}")
+        if self.mm_projector.downsample > 1 and 0 in self.mm_projector.hidden_widths(self.mm_hidden_size, 1):
+            raise ConfigError(f"{self.mm_projector.mm_projector_type} needs features of at least 3 numbers")
+
+    @property
+    def mm_hidden_size(self) -> int:
+        """Width of the features that the projector sees."""
+        return self.vision_tower.hidden_size * (len(self.scales.s2_scales) if self.scales else 1)
+
+    @property
+    def projector_grid(self) -> int:
+        """Tokens per side that the projector makes of one tile; for a projector that does not fold, patches."""
+        return -(-self.vision_tower.grid_size // self.mm_projector.downsample)  # rounds up
 
     @property
     def tokens_per_image(self) -> int:
-        side = -(-self.vision_tower.grid_size // self.mm_projector.downsample)  # rounds up
-        return side * side
+        """image_embeds that the projector makes of an image looked at whole, or of one tile."""
+        if self.mm_projector.downsample == 1:
+            return self.vision_tower.num_features
+        return self.projector_grid**2
 
 
 def from_plain(kind: type[Config], data: object, source: str) -> Config:
@@ -164,23 +342,27 @@ def from_plain(kind: type[Config], data: object, source: str) -> Config:
         raise ConfigError(f"{source}: unknown field {unknown[0]!r}")
     if missing:
         raise ConfigError(f"{source}: field {missing[0]!r} is missing")
-    return _build(kind, source, {name: _value(hint, data[name], f"{source}.{name}") for name, hint in hints.items()})
+    return build(kind, source, {name: _value(hint, data[name], f"{source}.{name}") for name, hint in hints.items()})
 
 
-def _build(kind: type[Config], source: str, values: dict[str, Any]) -> Config:
-    """What `kind` refuses is said with the source of the values."""
+def build(kind: type[Config], source: str, values: dict[str, Any]) -> Config:
+    """A config dataclass of `values`. Raises ConfigError with the source of the values for what `kind` refuses."""
     try:
         return kind(**values)
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error.message}") from None
+        raise ConfigError(f"{source}: {error.message}", error.hint) from None
 
 
 def _value(hint: Any, value: object, source: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_plain(hint, value, source)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
-        return tuple(_value(h, v, f"{source}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True)))
+    if origin in (types.UnionType, typing.Union) and type(None) in arguments:
+        return None if value is None else _value(arguments[0], value, source)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        hints = [arguments[0]] * len(value) if Ellipsis in arguments else list(arguments)
+        if len(hints) == len(value):
+            return tuple(_value(h, v, f"{source}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], v, f"{source}.{key}") for key, v in value.items()}
     if (origin is Literal and value in arguments) or hint is Any:
@@ -206,86 +388,3 @@ def _check_numbers(config: Any, all_but: tuple[str, ...] = ()) -> None:
 def _check_divides(config: Any, part: str, whole: str) -> None:
     if getattr(config, whole) % getattr(config, part):
         raise ConfigError(f"{whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}")
-
-
-class Fields:
-    """A `config.json` of the ecosystem, being read: ask for each key, then it is `done`.
-
-    >>> fields = Fields({"hidden_size": 64, "hidden_act": "silu"}, "llm/config.json")
-    >>> fields.integer("hidden_size"), fields.choice("hidden_act", "silu")
-    (64, 'silu')
-    >>> fields.done()
-    """
-
-    def __init__(self, data: Mapping[str, Any], source: str) -> None:
-        self.data, self.source = data, source
-        self.seen: set[str] = set()
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if type(value) is not int or value < 1:
-            raise self.error(name, "a positive whole number")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if type(value) not in (int, float) or not value > 0:
-            raise self.error(name, "a positive number")
-        return float(value)
-
-    def triple(self, name: str) -> tuple[float, float, float]:
-        value = self._get(name, None)
-        if not isinstance(value, list) or len(value) != 3 or any(type(v) not in (int, float) for v in value):
-            raise self.error(name, "a list of three numbers")
-        return (float(value[0]), float(value[1]), float(value[2]))
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._get(name, default)
-        if type(value) is not bool:
-            raise self.error(name, "true or false")
-        return value
-
-    def choice(self, name: str, *allowed: Any, default: Any = None) -> Any:
-        """The value, which must be one of those that are understood."""
-        value = self._get(name, default)
-        if value not in allowed:
-            raise self.error(name, " or ".join(repr(a) for a in allowed))
-        return value
-
-    def fixed(self, **values: Any) -> None:
-        """Keys that may be absent, and otherwise have to hold the one value that is understood."""
-        for name, value in values.items():
-            self.choice(name, value, default=value)
-
-    def section(self, name: str) -> Fields:
-        """A nested object, empty where the key is absent or null."""
-        self.seen.add(name)
-        value = self.data.get(name) or {}
-        if not isinstance(value, Mapping):
-            raise self.error(name, "an object")
-        return Fields(value, f"{self.source}: {name}")
-
-    def ignore(self, *names: str) -> None:
-        """Keys known not to change what is computed."""
-        self.seen.update(names)
-
-    def build(self, kind: type[Config], **values: Any) -> Config:
-        """The config made of what was read. Raises ConfigError if a key is left over, or a value is out of range."""
-        self.done()
-        return _build(kind, self.source, values)
-
-    def done(self) -> None:
-        """Raises ConfigError if a key is left over."""
-        for name in sorted(set(self.data) - self.seen):
-            raise ConfigError(
-                f"{self.source}: {name!r} is set to {self.data[name]!r}, which this version does not understand",
-                "it may change what the model computes, so it is not ignored",
-            )
-
-    def error(self, name: str, expected: str) -> ConfigError:
-        found = f"is {self.data[name]!r}" if name in self.data else "is missing"
-        return ConfigError(f"{self.source}: {name!r} {found}, expected {expected}")
-
-    def _get(self, name: str, default: Any) -> Any:
-        self.seen.add(name)
-        return self.data.get(name, default)

@@ -7,7 +7,7 @@ import re
 from typing import Literal
 
 from vila_edge import architecture
-from vila_edge.config import Heads, TokenOrder, VilaConfig
+from vila_edge.config import Heads, RopeConfig, TokenOrder, VilaConfig
 
 Shape = tuple[int, ...]
 
@@ -16,8 +16,8 @@ def parameter_shapes(cfg: VilaConfig) -> dict[str, Shape]:
     """Name -> shape of every parameter that the architecture reads, in the order it reads them."""
     ops = ShapeOps()
     size = cfg.vision_tower.image_size
-    image_features = architecture.vision_tower(ops, (1, 3, size, size), cfg.vision_tower)
-    architecture.mm_projector(ops, image_features, cfg)
+    _, patches, _ = architecture.vision_tower(ops, (1, 3, size, size), cfg.vision_tower)
+    architecture.mm_projector(ops, (1, patches, cfg.mm_hidden_size), cfg)
     inputs_embeds = architecture.embed_tokens(ops, (1, 1), cfg.llm)
     architecture.lm_head(ops, architecture.decoder(ops, inputs_embeds, cfg.llm), cfg.llm)
     return ops.shapes
@@ -53,11 +53,16 @@ class ShapeOps:
         self._parameter(f"{name}.weight", (rows, width))
         return (*ids, width)
 
-    def patch_embedding(self, pixel_values: Shape, name: str, patch: int, width: int) -> Shape:
+    def patch_embedding(self, pixel_values: Shape, name: str, patch: int, width: int, bias: bool) -> Shape:
         n, channels, height, wide = pixel_values
         self._parameter(f"{name}.weight", (width, channels, patch, patch))
-        self._parameter(f"{name}.bias", (width,))
+        if bias:
+            self._parameter(f"{name}.bias", (width,))
         return (n, (height // patch) * (wide // patch), width)
+
+    def class_embedding(self, x: Shape, name: str) -> Shape:
+        self._parameter(name, x[-1:])
+        return (x[0], x[1] + 1, x[2])
 
     def position_embedding(self, x: Shape, name: str) -> Shape:
         self._parameter(f"{name}.weight", x[1:])
@@ -74,8 +79,14 @@ class ShapeOps:
     def gelu(self, x: Shape, approximate: Literal["none", "tanh"]) -> Shape:
         return x
 
+    def quick_gelu(self, x: Shape) -> Shape:
+        return x
+
     def silu(self, x: Shape) -> Shape:
         return x
+
+    def drop_first(self, x: Shape) -> Shape:
+        return (x[0], x[1] - 1, x[2])
 
     def add(self, a: Shape, b: Shape) -> Shape:
         assert a == b, (a, b)
@@ -94,7 +105,7 @@ class ShapeOps:
         assert k[-1] == v[-1] == heads.key_value * heads.dim, (k, v, heads)
         return q
 
-    def cached_attention(self, q: Shape, k: Shape, v: Shape, heads: Heads, rope_theta: float, layer: int) -> Shape:
+    def cached_attention(self, q: Shape, k: Shape, v: Shape, heads: Heads, rope: RopeConfig, layer: int) -> Shape:
         return self.attention(q, k, v, heads)
 
     def _parameter(self, name: str, shape: Shape) -> None:

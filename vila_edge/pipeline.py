@@ -14,21 +14,49 @@ from vila_edge.bundle import Bundle
 from vila_edge.caches import ImageCache, Prefix
 from vila_edge.config import VilaConfig
 from vila_edge.engine.protocol import Engine
-from vila_edge.errors import ContextError, UsageError
-from vila_edge.media.image import ImageSource, RgbImage, load_image
-from vila_edge.preprocess import preprocess
-from vila_edge.prompt import Chunk, ImageSlot, Turn, assemble, check_slots, place_images
+from vila_edge.errors import ContextError, InputError, UsageError
+from vila_edge.media.image import ImageSource, load_image
+from vila_edge.media.video import Video, VideoSource, load_video
+from vila_edge.prompt import (
+    IMAGE_MARK,
+    VIDEO_MARK,
+    Chunk,
+    ImageSlot,
+    Turn,
+    assemble,
+    expand_marks,
+    few_shot,
+    place_media,
+)
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
 from vila_edge.sampler import Sampler, Sampling
-from vila_edge.templates import get_template
 from vila_edge.timing import Timings
 from vila_edge.tokenizer import Tokenizer
+from vila_edge.visual import Medium, Visual, look, plan, slot_embeds, splice
 
 BACKENDS = ("auto", "onnxruntime", "numpy")
 PREFILL_CHUNK = 512  # positions per call of a long prefill: bounds the memory of activations
 
 FloatArray = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "cancelled"]
+MediaSource = ImageSource | Video
+
+
+@dataclass(frozen=True)
+class Shot:
+    """An answered example that goes before a question."""
+
+    image: ImageSource
+    answer: str
+
+
+def load_media(source: MediaSource) -> Medium:
+    """An image, or a video that `load_video` made. Raises ImageError that names the source."""
+    return source if isinstance(source, Video) else load_image(source)
+
+
+def mark_of(medium: Medium) -> str:
+    return VIDEO_MARK if isinstance(medium, Video) else IMAGE_MARK
 
 
 @dataclass
@@ -36,7 +64,7 @@ class Reply:
     """An answer as it comes: iterate for pieces of text; the other fields are complete at the end."""
 
     seed: int
-    images: tuple[RgbImage, ...] = ()
+    visuals: tuple[Visual, ...] = ()
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -46,6 +74,11 @@ class Reply:
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """The images and videos that were shown, in order."""
+        return tuple(visual.medium for visual in self.visuals)
 
     def cancel(self) -> None:
         """Stop before the next token. May be called from a signal handler or another thread."""
@@ -81,7 +114,11 @@ class Pipeline:
         self.name, self.config, self.tokenizer, self.engine = name, config, tokenizer, engine
         self.context = context or longest
         self.bundle_digest = bundle_digest
-        self.stop_ids = frozenset({tokenizer.token_id(get_template(config.profile.template).stop)})
+        stops = (tokenizer.control_id(token) for token in config.profile.stop_tokens)
+        self.stop_ids = frozenset(stop for stop in stops if stop is not None)
+        if not self.stop_ids:
+            raise InputError(f"{tokenizer.source}: has none of the stop tokens {', '.join(config.profile.stop_tokens)}")
+        self._image_end = tokenizer.encode(config.profile.image_end) if config.profile.image_end else ()
         self._image_cache = ImageCache()
 
     def new_prefix(self) -> Prefix:
@@ -92,41 +129,72 @@ class Pipeline:
         """Encode every image anew, as a benchmark wants it."""
         self._image_cache = ImageCache()
 
-    def generate(self, prompt: str, images: Sequence[ImageSource] = (), sampling: Sampling | None = None) -> Reply:
-        """The whole answer to one prompt. `<image>` in it places an image; without marks, the images go first."""
-        return self.stream([Turn("user", place_images(prompt, len(images)))], images, sampling).finish()
+    def generate(
+        self,
+        prompt: str,
+        media: Sequence[MediaSource] = (),
+        sampling: Sampling | None = None,
+        shots: Sequence[Shot] = (),
+    ) -> Reply:
+        """The whole answer to one prompt, behind answered examples if there are `shots`.
+
+        `<image>` or `<video>` in it is the place of the next of `media`; without marks, the media go first.
+        """
+        turn, media = self.ask(prompt, media, shots)
+        return self.stream([turn], media, sampling).finish()
+
+    def ask(
+        self, prompt: str, media: Sequence[MediaSource] = (), shots: Sequence[Shot] = ()
+    ) -> tuple[Turn, list[Medium]]:
+        """A user's turn with a mark for each image and video, and those, loaded. Raises ImageError, PromptError."""
+        asked = [load_media(source) for source in media]
+        shown = [load_media(shot.image) for shot in shots]
+        question = place_media(prompt, [mark_of(medium) for medium in asked], self.config.profile)
+        text = few_shot([shot.answer for shot in shots], question, self.config.profile)
+        return Turn("user", text), [*shown, *asked]
+
+    def load_video(self, source: VideoSource, frames: int | None = None, fps: float | None = None) -> Video:
+        """A video as this model looks at it: so many frames, chosen by its rule. Raises ImageError, UsageError."""
+        video = self.config.video
+        return load_video(
+            source, frames or video.num_video_frames, self.config.profile.frame_rule, video.fps if fps is None else fps
+        )
+
+    def plan(self, media: Sequence[Medium]) -> list[Visual]:
+        """How the images and videos of one prompt would be looked at. Raises PromptError."""
+        return plan(media, self.config, len(self._image_end))
 
     def stream(
         self,
         turns: Sequence[Turn],
-        images: Sequence[ImageSource] = (),
+        media: Sequence[MediaSource] = (),
         sampling: Sampling | None = None,
         prefix: Prefix | None = None,
     ) -> Reply:
-        """Answer the last turn, piece by piece. One image for each mark in the turns, in that order.
+        """Answer the last turn, piece by piece. One image or video for each mark in the turns, in that order.
 
         The prompt is read before this returns, so that what is wrong with it is raised here: ImageError,
         PromptError, ContextError. `prefix` is the conversation's kv_cache, if it is to be kept.
         """
         sampler = Sampler(sampling or Sampling())
         timings = Timings()
-        chunks = assemble(turns, self.tokenizer, self.config.profile)
-        check_slots(chunks, len(images))
         with timings.measure("load_ms"):
-            pictures = tuple(load_image(source) for source in images)
-            keys = self._keys(chunks, pictures)
-        self._check_length(keys, len(pictures))
+            visuals = self.plan([load_media(source) for source in media])
+            expanded = expand_marks(turns, [visual.shown for visual in visuals], self.config.profile)
+            chunks = assemble(expanded, self.tokenizer, self.config.profile)
+            keys = self._keys(chunks, visuals)
+        self._check_length(keys, visuals)
         prefix = prefix or self.new_prefix()
         start = prefix.reuse(keys)
-        embeds = self._image_embeds(pictures, timings)
+        embeds = self._slot_embeds(visuals, timings)
         timings.prompt_tokens, timings.cached_tokens = len(keys), start
-        timings.image_tokens = len(pictures) * self.config.tokens_per_image
+        timings.image_tokens = sum(visual.tokens for visual in visuals)
         with timings.measure("prefill_ms"):
-            inputs_embeds = self._inputs_embeds(chunks, embeds)
+            inputs_embeds = splice(chunks, embeds, self.engine)
             for begin in range(start, len(keys), PREFILL_CHUNK):
                 logits = self.engine.forward(inputs_embeds[begin : begin + PREFILL_CHUNK], prefix.cache)
                 prefix.keys.extend(keys[begin : begin + PREFILL_CHUNK])
-        reply = Reply(sampler.seed, pictures, timings=timings)
+        reply = Reply(sampler.seed, tuple(visuals), timings=timings)
         reply._pieces = self._decode(reply, logits[0], sampler, prefix)
         return reply
 
@@ -154,50 +222,43 @@ class Pipeline:
             reply.timings.decode_steps += 1
         reply.finish_reason = "cancelled"
 
-    def _keys(self, chunks: Sequence[Chunk], pictures: Sequence[RgbImage]) -> list[Hashable]:
+    def _keys(self, chunks: Sequence[Chunk], visuals: Sequence[Visual]) -> list[Hashable]:
         """What stands at each position of the sequence."""
+        slots = [(visual.key, number, n) for visual in visuals for number, n in enumerate(visual.slot_lengths)]
         keys: list[Hashable] = []
         for chunk in chunks:
             if isinstance(chunk, ImageSlot):
-                digest = pictures[chunk.index].sha256
-                keys.extend((digest, place) for place in range(self.config.tokens_per_image))
+                visual, number, length = slots[chunk.index]
+                keys.extend((visual, number, place) for place in range(length))
             else:
                 keys.extend(chunk.ids)
         return keys
 
-    def _check_length(self, keys: Sequence[Hashable], images: int) -> None:
+    def _check_length(self, keys: Sequence[Hashable], visuals: Sequence[Visual]) -> None:
         if len(keys) >= self.context:
-            image_tokens = images * self.config.tokens_per_image
+            image_tokens = sum(visual.tokens for visual in visuals)
             raise ContextError(
-                f"the prompt takes {len(keys):,} positions ({images} images of {self.config.tokens_per_image} and "
+                f"the prompt takes {len(keys):,} positions ({image_tokens:,} of {_count(visuals)} and "
                 f"{len(keys) - image_tokens:,} of text), the context has {self.context:,} with the answer",
-                "shorten the prompt, use fewer images, or start a new conversation",
+                "shorten the prompt, use fewer images or frames, or start a new conversation",
             )
 
-    def _image_embeds(self, pictures: Sequence[RgbImage], timings: Timings) -> list[FloatArray]:
-        """image_embeds [T, D] of each picture; those seen before are not encoded again."""
+    def _slot_embeds(self, visuals: Sequence[Visual], timings: Timings) -> list[FloatArray]:
+        """What stands in each slot [slot length, D]; what was seen before is not encoded again."""
+        image_end = self.engine.embed_tokens(self._image_end)
         found: list[FloatArray] = []
-        for picture in pictures:
-            image_embeds = self._image_cache.get(picture.sha256)
+        for visual in visuals:
+            image_embeds = self._image_cache.get(visual.key)
             if image_embeds is None:
-                with timings.measure("preprocess_ms"):
-                    pixel_values = preprocess([picture], self.config.preprocess)
-                with timings.measure("vision_ms"):
-                    features = self.engine.encode_images(pixel_values)
-                with timings.measure("projector_ms"):
-                    image_embeds = self.engine.project(features)[0]
-                self._image_cache.put(picture.sha256, image_embeds)
-            found.append(image_embeds)
+                image_embeds = look(visual, self.engine, self.config, timings).image_embeds
+                self._image_cache.put(visual.key, image_embeds)
+            found += slot_embeds(visual, image_embeds, self.config, image_end)
         return found
 
-    def _inputs_embeds(self, chunks: Sequence[Chunk], image_embeds: Sequence[FloatArray]) -> FloatArray:
-        """The whole sequence [S, D]: embeddings of the text, and image_embeds in the slots."""
-        return np.concatenate(
-            [
-                image_embeds[chunk.index] if isinstance(chunk, ImageSlot) else self.engine.embed_tokens(chunk.ids)
-                for chunk in chunks
-            ]
-        )
+
+def _count(visuals: Sequence[Visual]) -> str:
+    videos = sum(isinstance(visual.medium, Video) for visual in visuals)
+    return f"{len(visuals) - videos} images" + (f" and {videos} videos" if videos else "")
 
 
 def load(
@@ -208,7 +269,7 @@ def load(
     Every file is checked against the manifest first. Raises BundleError, BackendError or UsageError.
     """
     opened = Bundle.open(bundle)
-    tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"))
+    tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"), opened.config.tokenizer)
     engine = _engine(opened, backend, threads)
     return Pipeline(opened.manifest.name, opened.config, tokenizer, engine, context, opened.manifest.digest)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vila_edge.media.image import ImageSource, RgbImage
-from vila_edge.pipeline import Pipeline, Reply
-from vila_edge.prompt import Turn, place_images
+from vila_edge.pipeline import MediaSource, Pipeline, Reply, Shot
+from vila_edge.prompt import Turn
 from vila_edge.sampler import Sampling
+from vila_edge.visual import Medium
 
 
 class Session:
@@ -17,23 +17,24 @@ class Session:
         self.pipeline = pipeline
         self.sampling = sampling or Sampling()
         self._prefix = pipeline.new_prefix()
-        self.images: list[RgbImage] = []
+        self.media: list[Medium] = []
         self._turns: list[Turn] = []
         self._reply: Reply | None = None
 
-    def ask(self, text: str, images: Sequence[ImageSource] = ()) -> Reply:
+    def ask(self, text: str, media: Sequence[MediaSource] = (), shots: Sequence[Shot] = ()) -> Reply:
         """The reply to one more turn. What is raised leaves the conversation as it was.
 
         The turn becomes part of the conversation; so does its answer, as far as it was taken.
         """
-        turns = [*self.history, Turn("user", place_images(text, len(images)))]
-        reply = self.pipeline.stream(turns, [*self.images, *images], self.sampling, self._prefix)
-        self._turns, self.images, self._reply = turns, list(reply.images), reply
+        turn, shown = self.pipeline.ask(text, media, shots)
+        turns = [*self.history, turn]
+        reply = self.pipeline.stream(turns, [*self.media, *shown], self.sampling, self._prefix)
+        self._turns, self.media, self._reply = turns, list(reply.media), reply
         return reply
 
     def clear(self) -> None:
         """Forget everything that was said and shown."""
-        self._turns, self.images, self._reply = [], [], None
+        self._turns, self.media, self._reply = [], [], None
 
     @property
     def history(self) -> list[Turn]:

@@ -7,15 +7,18 @@ from functools import lru_cache
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
+from vila_edge.config import TokenizerConfig
 from vila_edge.errors import InputError
 
 
 class Tokenizer:
-    """A `tokenizer.json`. Special tokens in text stay text: only `token_id` gives their ids."""
+    """A `tokenizer.json`. Special tokens in text stay text: only `control_id` and `token_id` give their ids."""
 
-    def __init__(self, tokenizer_json: str, source: str = "tokenizer.json") -> None:
-        """Raises InputError if `tokenizer_json` is not a tokenizer."""
-        self.source = source
+    def __init__(
+        self, tokenizer_json: str, source: str = "tokenizer.json", config: TokenizerConfig | None = None
+    ) -> None:
+        """Raises InputError if `tokenizer_json` is not a tokenizer, or lacks a token that `config` names."""
+        self.source, self.config = source, config or TokenizerConfig()
         try:
             self._backend = Backend.from_str(tokenizer_json)
         except Exception as error:  # the library raises bare Exception
@@ -23,18 +26,31 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_padding()
         self._backend.no_truncation()
+        self._controls = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
         self.encode = lru_cache(maxsize=4096)(self._encode)
         self.prefix = tuple(self._backend.encode("").ids)  # what the tokenizer puts first: () or (bos,)
+        if self._backend.encode("a").ids[len(self.prefix) :] != list(self._encode("a")):
+            raise InputError(f"{source}: puts a token behind every text, expected at most one in front")
+        bos = self.config.bos_token
+        self.bos_id = None if bos is None else self.token_id(bos)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Ids of `text` alone, without a leading bos."""
         return tuple(self._backend.encode(text, add_special_tokens=False).ids)
 
+    def control_id(self, token: str) -> int | None:
+        """Id of a control token; None if the tokenizer knows the characters as text alone."""
+        return self._controls.get(token)
+
+    def control_token(self, token_id: int) -> str | None:
+        """The control token of an id, if it is one."""
+        return next((token for token, i in self._controls.items() if i == token_id), None)
+
     def token_id(self, token: str) -> int:
         """Id of a token of the vocabulary. Raises InputError if there is none."""
         found = self._backend.token_to_id(token)
         if found is None:
-            raise InputError(f"{self.source}: no token {token!r}, which the conversation template needs")
+            raise InputError(f"{self.source}: no token {token!r}, which the model needs")
         return int(found)
 
     def decode(self, ids: list[int]) -> str:

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from vila_edge.cli import chat, demo, export
+from vila_edge.cli import chat, demo, export, parity
 from vila_edge.cli.console import print_error
 from vila_edge.cli.interrupt import INTERRUPTED
 from vila_edge.errors import VilaEdgeError
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(export.export)
 app.command()(chat.chat)
+app.command()(parity.parity)
 
 
 @app.callback(invoke_without_command=True)

@@ -11,11 +11,14 @@ import typer
 
 from vila_edge.cli.console import console, print_note
 from vila_edge.cli.interrupt import INTERRUPTED, stops_reply
+from vila_edge.cli.request import Request, parse_shot
 from vila_edge.errors import UsageError
-from vila_edge.media.image import RgbImage
+from vila_edge.media.video import Video
 from vila_edge.pipeline import Pipeline, Reply, load
+from vila_edge.prompt import think_step_by_step
 from vila_edge.sampler import Sampling
 from vila_edge.session import Session
+from vila_edge.visual import Visual
 
 
 def chat(
@@ -24,6 +27,18 @@ def chat(
         str | None, typer.Argument(help="Ask this and leave; <image> in it is the place of an image.")
     ] = None,
     image: Annotated[list[str] | None, typer.Option("-i", "--image", help="An image file; may be repeated.")] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(help="A video file or a folder of frames; behind the images.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video. Default: the model's.")] = None,
+    fps: Annotated[float | None, typer.Option(help="At most this many frames a second. Default: the model's.")] = None,
+    shot: Annotated[
+        list[str] | None, typer.Option(help="IMAGE=ANSWER, an answered example in front; may be repeated.")
+    ] = None,
+    think: Annotated[bool, typer.Option("--think", help="Add the cue 'Think step-by-step.'.")] = False,
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="JSON with prompt, images, videos and shots.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", "--temp", help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
@@ -37,7 +52,11 @@ def chat(
 ) -> None:
     """Ask about images: once with a PROMPT (or one on stdin), otherwise in a conversation."""
     sampling = Sampling(temperature, top_p, top_k, max_tokens, seed)
-    images = image or []
+    if frames is not None and frames < 1:
+        raise UsageError(f"--frames {frames}: expected at least 1")
+    request = Request(prompt, image or [], video or [], [parse_shot(text) for text in shot or []])
+    request = request.with_file(file) if file else request
+    prompt = request.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
         if not prompt:
@@ -47,13 +66,15 @@ def chat(
     pipeline = load(bundle, backend, threads, ctx_size)
     if not quiet and not json_output:
         print_note(f"{pipeline.name} on {pipeline.engine.backend} ({_reason(backend)})")
+    videos = [pipeline.load_video(source, frames, fps) for source in request.videos]
+    media: list[str | Video] = [*request.images, *videos]
     if prompt is None:
         from vila_edge.cli.repl import Repl
 
-        Repl(Session(pipeline, sampling), images, quiet).run()
+        Repl(Session(pipeline, sampling), media, quiet, request.shots).run()
         return
     session = Session(pipeline, sampling)
-    reply = session.ask(prompt, images)
+    reply = session.ask(think_step_by_step(prompt) if think else prompt, media, request.shots)
     if json_output:
         with stops_reply(reply):
             reply.finish()
@@ -117,14 +138,18 @@ def as_json(pipeline: Pipeline, reply: Reply) -> dict[str, Any]:
             "image_tokens": reply.timings.image_tokens,
         },
         "timings": reply.timings.as_dict(),
-        "images": [_image_json(image, pipeline.config.tokens_per_image) for image in reply.images],
+        "images": [_visual_json(v) for v in reply.visuals if not isinstance(v.medium, Video)],
+        "videos": [_visual_json(v) for v in reply.visuals if isinstance(v.medium, Video)],
         "seed": reply.seed,
     }
 
 
-def _image_json(image: RgbImage, tokens: int) -> dict[str, Any]:
-    width, height = image.size
-    return {"path": image.source, "width": width, "height": height, "tokens": tokens, "sha256": image.sha256}
+def _visual_json(visual: Visual) -> dict[str, Any]:
+    width, height = visual.frames[0].size
+    found = {"path": visual.medium.source, "width": width, "height": height, "tokens": visual.tokens}
+    if isinstance(visual.medium, Video):
+        found["frames"] = len(visual.frames)
+    return found | {"sha256": visual.medium.sha256}
 
 
 def _reason(backend: str) -> str:

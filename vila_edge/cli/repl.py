@@ -15,10 +15,12 @@ from vila_edge.cli.attachments import find_images
 from vila_edge.cli.chat import stats_line, stream_to_stdout
 from vila_edge.cli.console import console, print_error, print_note, print_warning
 from vila_edge.errors import UsageError, VilaEdgeError
-from vila_edge.media.image import RgbImage, load_image
-from vila_edge.pipeline import Reply
+from vila_edge.media.image import load_image
+from vila_edge.media.video import Video
+from vila_edge.pipeline import Reply, Shot, mark_of
 from vila_edge.prompt import IMAGE_MARK
 from vila_edge.session import Session
+from vila_edge.visual import Medium
 
 PARAMETERS = {"temperature": float, "top_p": float, "top_k": int, "max_new_tokens": int, "seed": int}
 
@@ -26,10 +28,10 @@ PARAMETERS = {"temperature": float, "top_p": float, "top_k": int, "max_new_token
 class Repl:
     """A conversation at the terminal."""
 
-    def __init__(self, session: Session, images: Sequence[str | Path], quiet: bool) -> None:
-        """`images` belong to the first question."""
-        self.session, self.quiet = session, quiet
-        self.attached: list[RgbImage] = []
+    def __init__(self, session: Session, media: Sequence[str | Video], quiet: bool, shots: Sequence[Shot] = ()) -> None:
+        """`media` and `shots` belong to the first question."""
+        self.session, self.quiet, self.shots = session, quiet, tuple(shots)
+        self.attached: list[Medium] = []
         self.last: Reply | None = None
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "/image": ("PATH   show an image with the next question", self._image),
@@ -42,8 +44,11 @@ class Repl:
             "/exit": ("        leave (also /bye, /quit, Ctrl-D)", self._exit),
         }
         self._aliases = {"/bye": "/exit", "/quit": "/exit", "/?": "/help"}
-        for image in images:
-            self._image(str(image))
+        for medium in media:
+            if isinstance(medium, Video):
+                self._attach(medium)
+            else:
+                self._image(str(medium))
 
     def run(self) -> None:
         """Until the user leaves."""
@@ -90,9 +95,9 @@ class Repl:
             print_warning(f"{path} looks like an image, but there is no such file; it stays text")
         text, images = found.text, [*self.attached, *(load_image(path) for path in found.images)]
         if self.attached and IMAGE_MARK in text:
-            text = f"{IMAGE_MARK}\n" * len(self.attached) + text
-        self.last = self.session.ask(text, images)
-        self.attached = []
+            text = "".join(f"{mark_of(medium)}\n" for medium in self.attached) + text
+        self.last = self.session.ask(text, images, self.shots)
+        self.attached, self.shots = [], ()
         stream_to_stdout(self.last)
         if not self.quiet:
             self._stats("")
@@ -101,14 +106,21 @@ class Repl:
         if not path:
             raise UsageError("/image needs a path")
         found = find_images(path)
-        image = load_image(found.images[0] if found.images else Path(path).expanduser())
-        self.attached.append(image)
-        width, height = image.size
-        tokens = self.session.pipeline.config.tokens_per_image
-        print_note(f"attached {image.source} ({width} x {height}, {tokens} tokens) to the next question")
+        self._attach(load_image(found.images[0] if found.images else Path(path).expanduser()))
+
+    def _attach(self, medium: Medium) -> None:
+        """Show something with the next question, and say what it costs as things stand."""
+        self.attached.append(medium)
+        visual = self.session.pipeline.plan([*self.session.media, *self.attached])[-1]
+        width, height = visual.frames[0].size
+        frames = f"{len(visual.frames)} frames of " if isinstance(medium, Video) else ""
+        tiles = f" in {len(visual.slot_lengths)} tiles" if visual.layout.kind == "tiles" else ""
+        print_note(
+            f"attached {medium.source} ({frames}{width} x {height}, {visual.tokens} tokens{tiles}) to the next question"
+        )
 
     def _images(self, _: str) -> None:
-        for state, images in (("shown", self.session.images), ("attached", self.attached)):
+        for state, images in (("shown", self.session.media), ("attached", self.attached)):
             for image in images:
                 print_note(f"{state:<9}{image.source}")
 

@@ -141,6 +141,9 @@ def _apply_scales(group: _ScaleGroup, scale: Tensor, block: dict[str, Tensor]) -
     """Scale the linears' columns up and their producer's outputs down: the block computes the same."""
     producer = block[group.producer]
     block[group.producer] = producer / (scale if producer.ndim == 1 else scale[:, None])
+    bias = group.producer.removesuffix(".weight") + ".bias"
+    if bias in block:
+        block[bias] = block[bias] / scale
     for name in group.linears:
         block[f"{name}.weight"] = block[f"{name}.weight"] * scale
 

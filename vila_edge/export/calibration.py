@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from vila_edge import architecture, fsio
+from vila_edge import fsio
 from vila_edge.config import VilaConfig
+from vila_edge.engine.protocol import Engine
 from vila_edge.errors import InputError
 from vila_edge.media.image import ImageSource, load_image
-from vila_edge.preprocess import preprocess
-from vila_edge.prompt import Chunk, ImageSlot, Turn, assemble, check_slots, document, place_images
-from vila_edge.reference.torch_ops import TorchOps
+from vila_edge.prompt import IMAGE_MARK, Chunk, Turn, assemble, check_text, document, expand_marks, place_media
+from vila_edge.reference.torch_engine import torch_engine
 from vila_edge.tokenizer import Tokenizer
+from vila_edge.visual import Visual, look, plan, slot_embeds, splice
 
 SAMPLES = "samples.jsonl"
 SAMPLES_LIMIT = 64 << 20
@@ -42,10 +44,17 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     images: tuple[ImageSource, ...] = ()
 
-    def chunks(self, tokenizer: Tokenizer, cfg: VilaConfig) -> list[Chunk]:
-        chunks = assemble(self.turns, tokenizer, cfg.profile) if self.turns else document(self.text, tokenizer)
-        check_slots(chunks, len(self.images))
-        return chunks
+    def read(self, tokenizer: Tokenizer, cfg: VilaConfig) -> tuple[list[Chunk], list[Visual]]:
+        """What the model reads and sees of it. Raises PromptError unless there is one image for each mark."""
+        profile = cfg.profile
+        image_end = tokenizer.encode(profile.image_end) if profile.image_end else ()
+        visuals = plan([load_image(image) for image in self.images], cfg, len(image_end))
+        first, *rest = self.turns or (Turn("user", self.text),)
+        first = Turn("user", place_media(first.text, [IMAGE_MARK] * len(self.images), profile))
+        turns = expand_marks([first, *rest], [visual.shown for visual in visuals], profile)
+        if self.turns:
+            return assemble(turns, tokenizer, profile), visuals
+        return document(turns[0].text, tokenizer, profile), visuals
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,7 @@ def built_in() -> CalibrationSet:
     for i, passage in enumerate(_PASSAGES):
         samples.append(Sample(text=passage))
         question, answer, images = _drawn(i)
-        prompt = place_images(question, len(images))
-        samples.append(Sample(turns=(Turn("user", prompt), Turn("assistant", answer)), images=images))
+        samples.append(Sample(turns=(Turn("user", question), Turn("assistant", answer)), images=images))
     return split(samples, f"built-in: {len(samples)} samples of text and drawn images")
 
 
@@ -100,8 +108,16 @@ def inputs_embeds(
     samples: Sequence[Sample], cfg: VilaConfig, tokenizer: Tokenizer, params: dict[str, Tensor]
 ) -> list[Tensor]:
     """What the decoder sees of each sample: [1, S, D], cut to the model's context."""
-    ops = TorchOps(params)
-    return [_embed(sample, cfg, tokenizer, ops)[:, : cfg.llm.context_length] for sample in samples]
+    engine = torch_engine(cfg, params)
+    return [torch.from_numpy(embed(sample, cfg, tokenizer, engine)[None]) for sample in samples]
+
+
+def embed(sample: Sample, cfg: VilaConfig, tokenizer: Tokenizer, engine: Engine) -> NDArray[np.float32]:
+    """What the decoder sees of one sample [S, D], cut to the model's context."""
+    chunks, visuals = sample.read(tokenizer, cfg)
+    end = engine.embed_tokens(tokenizer.encode(cfg.profile.image_end) if cfg.profile.image_end else ())
+    slots = [slot for v in visuals for slot in slot_embeds(v, look(v, engine, cfg).image_embeds, cfg, end)]
+    return splice(chunks, slots, engine)[: cfg.llm.context_length]
 
 
 def batches(sequences: Sequence[Tensor]) -> list[Tensor]:
@@ -110,21 +126,6 @@ def batches(sequences: Sequence[Tensor]) -> list[Tensor]:
     for sequence in sequences:
         by_length[sequence.shape[1]].append(sequence)
     return [torch.cat(by_length[length]) for length in sorted(by_length)]
-
-
-def _embed(sample: Sample, cfg: VilaConfig, tokenizer: Tokenizer, ops: TorchOps) -> Tensor:
-    chunks = sample.chunks(tokenizer, cfg)
-    if sample.images:
-        pixel_values = torch.from_numpy(preprocess([load_image(image) for image in sample.images], cfg.preprocess))
-        features = architecture.vision_tower(ops, pixel_values, cfg.vision_tower)
-        image_embeds = architecture.mm_projector(ops, features, cfg)
-    parts = [
-        image_embeds[chunk.index][None]
-        if isinstance(chunk, ImageSlot)
-        else architecture.embed_tokens(ops, torch.tensor([chunk.ids]), cfg.llm)
-        for chunk in chunks
-    ]
-    return torch.cat(parts, 1)
 
 
 def _sample(line: str, folder: Path, where: str) -> Sample:
@@ -138,9 +139,10 @@ def _sample(line: str, folder: Path, where: str) -> Sample:
     if not isinstance(names, list) or any(not isinstance(n, str) or Path(n).name != n for n in names):
         raise InputError(f"{where}: 'images' is {names!r}, expected a list of file names in {folder}")
     images = tuple(folder / name for name in names)
+    check_text(str(value.get("text", value.get("prompt"))), [IMAGE_MARK] * len(images))
     if "text" in value:
-        return Sample(text=place_images(str(value["text"]), len(images)), images=images)
-    turns = [Turn("user", place_images(str(value["prompt"]), len(images)))]
+        return Sample(text=str(value["text"]), images=images)
+    turns = [Turn("user", str(value["prompt"]))]
     if "answer" in value:
         turns.append(Turn("assistant", str(value["answer"])))
     return Sample(turns=tuple(turns), images=images)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from vila_edge.bindings import Binding, GraphBindings
-from vila_edge.config import Heads, TokenOrder
+from vila_edge.config import Heads, RopeConfig, TokenOrder
 from vila_edge.tensorfile import TensorEntry
 from vila_edge.version import __version__
 
@@ -126,10 +126,18 @@ class GraphOps:
     def embedding(self, ids: str, name: str, rows: int, width: int) -> str:
         return self.node("Gather", self.parameter(f"{name}.weight"), ids, name=name)
 
-    def patch_embedding(self, pixel_values: str, name: str, patch: int, width: int) -> str:
-        weight, bias = self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")
-        x = self.node("Conv", pixel_values, weight, bias, name=name, strides=[patch, patch])
+    def patch_embedding(self, pixel_values: str, name: str, patch: int, width: int, bias: bool) -> str:
+        inputs = [pixel_values, self.parameter(f"{name}.weight")]
+        inputs += [self.parameter(f"{name}.bias")] if bias else []
+        x = self.node("Conv", *inputs, name=name, strides=[patch, patch])
         return self.node("Transpose", self._reshape(x, 0, width, -1), name=name, perm=[0, 2, 1])
+
+    def class_embedding(self, x: str, name: str) -> str:
+        (width,) = self.weights[name].entry.shape
+        images = self.node("Shape", x, name=name, start=0, end=1)
+        shape = self.node("Concat", images, self.constant([1, width]), name=name, axis=0)
+        first = self.node("Expand", self.parameter(name), shape, name=name)
+        return self.node("Concat", first, x, name=name, axis=1)
 
     def position_embedding(self, x: str, name: str) -> str:
         return self.node("Add", x, self.parameter(f"{name}.weight"), name=name)
@@ -146,6 +154,13 @@ class GraphOps:
 
     def gelu(self, x: str, approximate: Literal["none", "tanh"]) -> str:
         return self.node("Gelu", x, approximate=approximate)
+
+    def quick_gelu(self, x: str) -> str:
+        return self.node("Mul", x, self.node("Sigmoid", self.node("Mul", x, self.constant(1.702, np.float32))))
+
+    def drop_first(self, x: str) -> str:
+        last = np.iinfo(np.int64).max  # Slice: to the end, however far that is
+        return self.node("Slice", x, self.constant([1]), self.constant([last]), self.constant([1]))
 
     def silu(self, x: str) -> str:
         return self.node("Mul", x, self.node("Sigmoid", x))
@@ -175,7 +190,7 @@ class GraphOps:
         mixed = self.node("MatMul", self.node("Softmax", scores, axis=-1), v)
         return self._reshape(self.node("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, heads.query * heads.dim)
 
-    def cached_attention(self, q: str, k: str, v: str, heads: Heads, rope_theta: float, layer: int) -> str:
+    def cached_attention(self, q: str, k: str, v: str, heads: Heads, rope: RopeConfig, layer: int) -> str:
         raise TypeError("how a kv_cache is kept is a dialect's own: use one of its subclasses")
 
     # pieces of verbs

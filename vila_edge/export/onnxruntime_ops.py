@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from vila_edge import bindings
-from vila_edge.config import Heads
+from vila_edge.config import Heads, RopeConfig
 from vila_edge.export.graph_ops import GraphOps
 
 CONTRIB = "com.microsoft"
@@ -45,7 +45,7 @@ class OnnxruntimeOps(GraphOps):
         )
         return self._add_bias(y, name, bias)
 
-    def cached_attention(self, q: str, k: str, v: str, heads: Heads, rope_theta: float, layer: int) -> str:
+    def cached_attention(self, q: str, k: str, v: str, heads: Heads, rope: RopeConfig, layer: int) -> str:
         name = f"attention_{layer}"
         present_key, present_value = f"present_key_{layer}", f"present_value_{layer}"
         inputs = [q, k, v, f"past_key_{layer}", f"past_value_{layer}"]

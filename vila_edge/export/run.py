@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,20 +12,18 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from vila_edge import architecture, fsio, int4
-from vila_edge.bundle import GRAPHS, TOKENIZER, WEIGHTS, Bundle, write_manifest
+from vila_edge import fsio, int4
+from vila_edge.bundle import Bundle, write_manifest
 from vila_edge.config import VilaConfig
-from vila_edge.engine.onnxruntime import DIALECT, OnnxruntimeEngine
+from vila_edge.engine.onnxruntime import OnnxruntimeEngine
 from vila_edge.errors import ParityError, UsageError
 from vila_edge.export.awq import quantise_blocks
 from vila_edge.export.calibration import CalibrationSet, batches, built_in, inputs_embeds, read_samples
 from vila_edge.export.checkpoint import Checkpoint
-from vila_edge.export.graph_ops import StoredTensor
-from vila_edge.export.graphs import write_graphs
-from vila_edge.export.onnxruntime_ops import ROPE_COS, ROPE_SIN
+from vila_edge.export.eras import Choices
 from vila_edge.export.verify import MIN_COSINE, MIN_COSINE_INT4, parity_report
-from vila_edge.parameters import component, is_quantised
-from vila_edge.tensorfile import TensorFile, write_tensors
+from vila_edge.export.weights import Tensors, write_model
+from vila_edge.parameters import is_quantised
 from vila_edge.tokenizer import Tokenizer
 from vila_edge.version import __version__
 
@@ -33,7 +31,6 @@ Quantization = Literal["int4", "fp16", "fp32"]
 QUANTIZATIONS: tuple[Quantization, ...] = ("int4", "fp16", "fp32")
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
-Tensors = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,30 @@ class Recipe:
     calibration: Path | None = None  # a folder of samples; None takes the built-in ones
     name: str = ""  # of the model; by default the checkpoint's folder
     license_note: str = ""
+    choices: Choices = field(default_factory=Choices)
 
 
 def export_bundle(
-    checkpoint_path: Path, bundle_path: Path, recipe: Recipe, progress: Progress, replace: bool = False
+    checkpoint_path: Path,
+    bundle_path: Path,
+    recipe: Recipe,
+    progress: Progress,
+    replace: bool = False,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> Bundle:
-    """Write a bundle, whole or not at all, and open it.
+    """Write a bundle, whole or not at all, and open it. `warn` is told what the files of the checkpoint leave open.
 
     Raises CheckpointError, ConfigError or InputError for what cannot be read, UsageError for a recipe that does
     not fit the model, ParityError if the result does not compute what the checkpoint does.
     """
     fsio.check_absent(bundle_path, replace)
     progress("read", 0, 1)
-    checkpoint = Checkpoint(checkpoint_path)
+    checkpoint = Checkpoint(checkpoint_path, recipe.choices)
+    for warning in checkpoint.warnings:
+        warn(warning)
     cfg = checkpoint.config
     _check_recipe(recipe, cfg)
-    tokenizer = Tokenizer(checkpoint.tokenizer_json(), str(checkpoint_path / "llm" / TOKENIZER))
+    tokenizer = checkpoint.tokenizer()
     tokenizer.check_rows(cfg.llm.vocab_size)
     samples = read_samples(recipe.calibration) if recipe.calibration else built_in()
     params = checkpoint.parameters()
@@ -72,12 +77,7 @@ def export_bundle(
         torch_params = {name: torch.from_numpy(value) for name, value in params.items()}
         tensors = _quantise(torch_params, cfg, tokenizer, samples, recipe, progress)
         progress("write", 0, 1)
-        stored = write_weights(folder, tensors)
-        for name, graph in write_graphs(cfg, stored).items():
-            path = folder / GRAPHS / DIALECT / f"{name}.onnx"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fsio.write_bytes(path, graph)
-        fsio.write_bytes(folder / TOKENIZER, checkpoint.tokenizer_json().encode())
+        write_model(folder, cfg, tensors, checkpoint.tokenizer_json)
         progress("write", 1, 1)
 
         def seal(parity: dict[str, Any]) -> None:
@@ -136,8 +136,7 @@ def _quantise(
         tensors |= floats
     else:
         tensors |= {name: _half(name, value) for name, value in floats.items()}
-    cos, sin = architecture.rope_table(0, cfg.llm.context_length, cfg.llm.head_dim, cfg.llm.rope_theta)
-    return tensors | {ROPE_COS: cos, ROPE_SIN: sin}
+    return tensors
 
 
 def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -149,21 +148,6 @@ def _half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
             "export with --quant fp32",
         )
     return half
-
-
-def write_weights(folder: Path, tensors: Tensors) -> dict[str, StoredTensor]:
-    """One file for each component, one for the embedding table; where each tensor came to lie."""
-    files: dict[str, Tensors] = {}
-    for name, values in tensors.items():
-        part = "embed_tokens" if name.startswith(architecture.EMBED_TOKENS) else component(name)
-        files.setdefault(f"{part}.safetensors", {})[name] = values
-    (folder / WEIGHTS).mkdir()
-    stored: dict[str, StoredTensor] = {}
-    for file_name, content in files.items():
-        write_tensors(folder / WEIGHTS / file_name, content)
-        entries = TensorFile(folder / WEIGHTS / file_name).entries
-        stored |= {name: StoredTensor(file_name, entry) for name, entry in entries.items()}
-    return stored
 
 
 def _quantization(recipe: Recipe) -> dict[str, Any]:

@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_edge import architecture
 from vila_edge.config import VilaConfig
 from vila_edge.engine.protocol import Engine
 from vila_edge.errors import ParityError
-from vila_edge.export.calibration import Sample
-from vila_edge.media.image import load_image
-from vila_edge.preprocess import preprocess
-from vila_edge.prompt import ImageSlot
-from vila_edge.reference.torch_ops import TorchOps
+from vila_edge.export.calibration import Sample, embed
+from vila_edge.reference.torch_engine import torch_engine
+from vila_edge.scales import tower_input
 from vila_edge.tokenizer import Tokenizer
+from vila_edge.visual import look
 
 # Mean cosine below which an export is refused. Weights of 16 bits are far above the first, weights of 4 bits
 # above the second; a wrong graph or a wrong packing is far below both.
@@ -42,26 +39,16 @@ def parity_report(
     Raises ParityError that names the component if its output is not finite, or not what it should be.
     """
     vision, projector, llm = _Difference(), _Difference(), _LogitDifference()
+    reference = torch_engine(cfg, params)
     for sample in samples:
-        ops = TorchOps(params)
-        image_embeds = torch.empty(0)
-        if sample.images:
-            pixel_values = preprocess([load_image(image) for image in sample.images], cfg.preprocess)
-            features = architecture.vision_tower(ops, torch.from_numpy(pixel_values), cfg.vision_tower)
-            image_embeds = architecture.mm_projector(ops, features, cfg)
-            vision.add(features.numpy(), engine.encode_images(pixel_values))
-            projector.add(image_embeds.numpy(), engine.project(features.numpy()))
-        embeds = torch.cat(
-            [
-                image_embeds[chunk.index]
-                if isinstance(chunk, ImageSlot)
-                else architecture.embed_tokens(ops, torch.tensor(chunk.ids), cfg.llm)
-                for chunk in sample.chunks(tokenizer, cfg)
-            ]
-        )[: cfg.llm.context_length]
-        logits = architecture.lm_head(ops, architecture.decoder(ops, embeds[None], cfg.llm), cfg.llm)[0]
+        for visual in sample.read(tokenizer, cfg)[1]:
+            seen = look(visual, reference, cfg)
+            vision.add(seen.tower_features, engine.encode_images(tower_input(seen.pixel_values, cfg)))
+            projector.add(seen.image_embeds, engine.project(seen.image_features))
+        embeds = embed(sample, cfg, tokenizer, reference)
         positions = range(len(embeds))
-        llm.add(logits.numpy(), engine.forward(embeds.numpy(), engine.new_cache(len(embeds)), positions))
+        logits = reference.forward(embeds, reference.new_cache(len(embeds)), positions)
+        llm.add(logits, engine.forward(embeds, engine.new_cache(len(embeds)), positions))
     report: dict[str, Any] = {"reference": "torch, float32", "backend": engine.backend, "prompts": len(samples)}
     if vision.count:
         report["vision_tower"] = vision.report("vision_tower", MIN_COSINE)

@@ -85,7 +85,7 @@ def _decode(data: bytes, source: str) -> RgbImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(image.width, image.height, source)
+                check_size(image.width, image.height, source)
                 return _to_rgb(image, source)
     except Image.DecompressionBombError:
         raise _too_large("its header promises more than 178 megapixels", source) from None
@@ -99,7 +99,7 @@ def _decode(data: bytes, source: str) -> RgbImage:
 
 
 def _to_rgb(image: Image.Image, source: str) -> RgbImage:
-    _check_size(image.width, image.height, source)
+    check_size(image.width, image.height, source)
     upright: Any = ImageOps.exif_transpose(image)
     return RgbImage(np.asarray(upright.convert("RGB")), source)
 
@@ -107,11 +107,12 @@ def _to_rgb(image: Image.Image, source: str) -> RgbImage:
 def _from_array(array: NDArray[Any]) -> RgbImage:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ImageError(f"array {list(array.shape)} of {array.dtype}: expected [height, width, 3] of uint8")
-    _check_size(array.shape[1], array.shape[0], "array")
+    check_size(array.shape[1], array.shape[0], "array")
     return RgbImage(array, "array")
 
 
-def _check_size(width: int, height: int, source: str) -> None:
+def check_size(width: int, height: int, source: str) -> None:
+    """Raises ImageError unless there are pixels, and not too many."""
     if width < 1 or height < 1:
         raise ImageError(f"{source}: {width} x {height} pixels, an image has at least one")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:

@@ -33,7 +33,6 @@ from vila_edge.pipeline import Pipeline, load
 from vila_edge.prompt import IMAGE_MARK
 from vila_edge.reference.engine import ReferenceEngine
 from vila_edge.reference.torch_ops import TorchOps
-from vila_edge.tokenizer import Tokenizer
 from vila_edge.version import __version__
 
 CHECKPOINT, BUNDLE, IMAGES, CALIBRATION = "checkpoint", "bundle", "images", "calibration"
@@ -176,7 +175,7 @@ def _fp32_pipeline(path: Path) -> Pipeline:
         torch.from_numpy,
         torch.Tensor.numpy,
     )
-    return Pipeline("micro", checkpoint.config, Tokenizer(checkpoint.tokenizer_json()), engine)
+    return Pipeline("micro", checkpoint.config, checkpoint.tokenizer(), engine)
 
 
 def _measure(
@@ -200,7 +199,9 @@ def _cards(pipeline: Pipeline, prompts: Mapping[str, Sequence[Prompt]]) -> list[
         for prompt in of_task[:2]:
             reply = pipeline.generate(prompt.question, prompt.images, GREEDY)
             question = prompt.question.replace(f"{IMAGE_MARK}\n", "").replace(IMAGE_MARK, "[image]")
-            cards.append(Card(task, question, reply.images, reply.text, prompt.answer))
+            cards.append(
+                Card(task, question, tuple(visual.frames[0] for visual in reply.visuals), reply.text, prompt.answer)
+            )
     return cards
 
 

@@ -26,8 +26,9 @@ from transformers import get_scheduler
 from vila_edge.config import (
     LlmConfig,
     PreprocessConfig,
-    Profile,
     ProjectorConfig,
+    RopeConfig,
+    TokenizerConfig,
     VilaConfig,
     VisionConfig,
 )
@@ -35,8 +36,9 @@ from vila_edge.media.image import load_image
 from vila_edge.micro.digits import Digits, augment
 from vila_edge.micro.documents import Document, interleaved_document, pair, text_document
 from vila_edge.micro.instructions import Exchange, conversation
-from vila_edge.micro.tokens import TOKENIZER_CONFIG, VOCAB_SIZE, make_tokenizer
+from vila_edge.micro.tokens import BOS, TOKENIZER_CONFIG, VOCAB_SIZE, make_tokenizer
 from vila_edge.preprocess import preprocess
+from vila_edge.profiles import VILA_1_5
 from vila_edge.prompt import Turn
 from vila_edge.tokenizer import Tokenizer
 from vila_edge.train.batches import Batches
@@ -48,6 +50,8 @@ from vila_edge.train.stages import PROJECTOR, PROJECTOR_AND_LLM, Stage
 
 CONFIG = VilaConfig(
     vision_tower=VisionConfig(
+        model_type="siglip_vision_model",
+        hidden_act="gelu_pytorch_tanh",
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=4,
@@ -56,9 +60,11 @@ CONFIG = VilaConfig(
         patch_size=7,
         layer_norm_eps=1e-6,
         select_layer=-2,
+        select_feature="cls_patch",
     ),
     mm_projector=ProjectorConfig("mlp_downsample"),
     llm=LlmConfig(
+        model_type="llama",
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=4,
@@ -68,7 +74,7 @@ CONFIG = VilaConfig(
         vocab_size=VOCAB_SIZE,
         context_length=512,
         rms_norm_eps=1e-5,
-        rope_theta=10_000.0,
+        rope=RopeConfig(rope_theta=10_000.0),
         tie_word_embeddings=False,
     ),
     preprocess=PreprocessConfig(
@@ -78,7 +84,8 @@ CONFIG = VilaConfig(
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
     ),
-    profile=Profile(era="vila1.5", token_order="column_major", tokenization="per_chunk", template="vicuna_v1_nosys"),
+    profile=replace(VILA_1_5, template="vicuna_v1_nosys", few_shot="<image>{answer};"),
+    tokenizer=TokenizerConfig(bos_token=BOS),
 )
 
 DARK_ON_LIGHT_SHARE = 0.15  # of the training pictures; the others are light ink on a dark ground
@@ -125,7 +132,7 @@ class MicroTraining:
         """`digits` are the training split."""
         self.digits, self.recipe = digits, recipe
         self.tokenizer_json = make_tokenizer()
-        self.maker = SampleMaker(Tokenizer(self.tokenizer_json), CONFIG)
+        self.maker = SampleMaker(Tokenizer(self.tokenizer_json, config=CONFIG.tokenizer), CONFIG)
         self.labels = torch.from_numpy(np.tile(digits.labels, COPIES))
         self.by_label = [torch.nonzero(self.labels == digit).flatten().tolist() for digit in range(10)]
         torch.manual_seed(recipe.seed)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_edge.architecture import rope_table
-from vila_edge.config import Heads, TokenOrder
+from vila_edge.config import Heads, RopeConfig, TokenOrder
 
 Array = NDArray[Any]
 
@@ -34,14 +34,18 @@ class NumpyOps:
         found: Array = self.params[f"{name}.weight"][ids]
         return found
 
-    def patch_embedding(self, pixel_values: Array, name: str, patch: int, width: int) -> Array:
+    def patch_embedding(self, pixel_values: Array, name: str, patch: int, width: int, bias: bool) -> Array:
         n, channels, height, wide = pixel_values.shape
         rows, columns = height // patch, wide // patch
         x = pixel_values[:, :, : rows * patch, : columns * patch]
         x = x.reshape(n, channels, rows, patch, columns, patch).transpose(0, 2, 4, 1, 3, 5)
         weight = self.params[f"{name}.weight"].reshape(width, -1)
-        y: Array = x.reshape(n, rows * columns, -1) @ weight.T + self.params[f"{name}.bias"]
-        return y
+        y: Array = x.reshape(n, rows * columns, -1) @ weight.T
+        return y + self.params[f"{name}.bias"] if bias else y
+
+    def class_embedding(self, x: Array, name: str) -> Array:
+        first = np.broadcast_to(self.params[name].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        return np.concatenate([first, x], 1)
 
     def position_embedding(self, x: Array, name: str) -> Array:
         return x + self.params[f"{name}.weight"]
@@ -58,6 +62,12 @@ class NumpyOps:
         if approximate == "tanh":
             return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         return 0.5 * x * (1 + _erf(x / math.sqrt(2)).astype(x.dtype))
+
+    def quick_gelu(self, x: Array) -> Array:
+        return x / (1 + np.exp(-1.702 * x))
+
+    def drop_first(self, x: Array) -> Array:
+        return x[:, 1:]
 
     def silu(self, x: Array) -> Array:
         return x / (1 + np.exp(-x))
@@ -80,11 +90,11 @@ class NumpyOps:
     def attention(self, q: Array, k: Array, v: Array, heads: Heads) -> Array:
         return _merge(_attend(_split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)))
 
-    def cached_attention(self, q: Array, k: Array, v: Array, heads: Heads, rope_theta: float, layer: int) -> Array:
+    def cached_attention(self, q: Array, k: Array, v: Array, heads: Heads, rope: RopeConfig, layer: int) -> Array:
         q, k, v = _split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)
         past = self.kv_cache[layer][0].shape[2] if layer in self.kv_cache else 0
         total = past + q.shape[2]
-        cos, sin = rope_table(past, total, heads.dim, rope_theta)
+        cos, sin = rope_table(past, total, heads.dim, rope)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         if past:
             past_k, past_v = self.kv_cache[layer]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vila_edge.architecture import rope_table
-from vila_edge.config import Heads, TokenOrder
+from vila_edge.config import Heads, RopeConfig, TokenOrder
 
 
 class TorchOps:
@@ -29,9 +29,12 @@ class TorchOps:
     def embedding(self, ids: Tensor, name: str, rows: int, width: int) -> Tensor:
         return F.embedding(ids, self.params[f"{name}.weight"])
 
-    def patch_embedding(self, pixel_values: Tensor, name: str, patch: int, width: int) -> Tensor:
-        weight, bias = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
-        return F.conv2d(pixel_values, weight, bias, stride=patch).flatten(2).transpose(1, 2)
+    def patch_embedding(self, pixel_values: Tensor, name: str, patch: int, width: int, bias: bool) -> Tensor:
+        weight, added = self.params[f"{name}.weight"], self.params[f"{name}.bias"] if bias else None
+        return F.conv2d(pixel_values, weight, added, stride=patch).flatten(2).transpose(1, 2)
+
+    def class_embedding(self, x: Tensor, name: str) -> Tensor:
+        return torch.cat([self.params[name].expand(len(x), 1, -1), x], 1)
 
     def position_embedding(self, x: Tensor, name: str) -> Tensor:
         return x + self.params[f"{name}.weight"]
@@ -44,6 +47,12 @@ class TorchOps:
 
     def gelu(self, x: Tensor, approximate: Literal["none", "tanh"]) -> Tensor:
         return F.gelu(x, approximate=approximate)
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+    def drop_first(self, x: Tensor) -> Tensor:
+        return x[:, 1:]
 
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -67,11 +76,11 @@ class TorchOps:
         q, k, v = _split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)
         return _merge(F.scaled_dot_product_attention(q, k, v))
 
-    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, rope_theta: float, layer: int) -> Tensor:
+    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, rope: RopeConfig, layer: int) -> Tensor:
         q, k, v = _split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)
         past = self.kv_cache[layer][0].shape[2] if layer in self.kv_cache else 0
         total = past + q.shape[2]
-        cos, sin = (torch.from_numpy(t).to(q) for t in rope_table(past, total, heads.dim, rope_theta))
+        cos, sin = (torch.from_numpy(t).to(q) for t in rope_table(past, total, heads.dim, rope))
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
         if past:
             past_k, past_v = self.kv_cache[layer]

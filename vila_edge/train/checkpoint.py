@@ -63,7 +63,7 @@ def save_checkpoint(model: Vila, tokenizer_json: str, folder: Path, tokenizer_co
                 "mm_hidden_size": cfg.vision_tower.hidden_size,
                 "image_aspect_ratio": cfg.preprocess.image_aspect_ratio,
                 "mm_vision_select_layer": cfg.vision_tower.select_layer,
-                "mm_vision_select_feature": "cls_patch",
+                "mm_vision_select_feature": cfg.vision_tower.select_feature,
                 "llm_cfg": configs["llm"],
                 "vision_tower_cfg": configs["vision_tower"],
                 "mm_projector_cfg": configs["mm_projector"],

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, Sigl
 
 from vila_edge import architecture
 from vila_edge.config import LlmConfig, VilaConfig, VisionConfig
+from vila_edge.errors import ConfigError
 from vila_edge.parameters import component, parameter_shapes
 from vila_edge.reference.torch_ops import TorchOps
 
@@ -46,7 +47,14 @@ class Vila(nn.Module):
     """vision_tower, mm_projector and llm, with the parameters of a VilaConfig."""
 
     def __init__(self, cfg: VilaConfig) -> None:
+        """Raises ConfigError for a tower or an LLM that is not trained here."""
         super().__init__()
+        if cfg.vision_tower.model_type != "siglip_vision_model" or cfg.llm.model_type != "llama":
+            raise ConfigError(
+                f"training takes a SigLIP and a LLaMA, found {cfg.vision_tower.model_type} and {cfg.llm.model_type}"
+            )
+        if cfg.llm.rope.rope_type != "default" or cfg.scales:
+            raise ConfigError("training takes neither scaled rotary embeddings nor several image scales")
         self.cfg = cfg
         self.vision_tower = SiglipVisionModel(SiglipVisionConfig(**vision_config(cfg.vision_tower)))
         self.mm_projector = MultimodalProjector(cfg)
@@ -121,7 +129,7 @@ def llm_config(cfg: LlmConfig) -> dict[str, Any]:
         "num_hidden_layers": cfg.num_hidden_layers,
         "num_key_value_heads": cfg.num_key_value_heads,
         "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_theta": cfg.rope_theta,
+        "rope_theta": cfg.rope.rope_theta,
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "vocab_size": cfg.vocab_size,
     }

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from vila_edge.config import VilaConfig
 from vila_edge.errors import InputError
 from vila_edge.prompt import Chunk, TextChunk, Turn, assemble, check_slots, document
-from vila_edge.templates import get_template
 from vila_edge.tokenizer import Tokenizer
 from vila_edge.train.model import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -30,11 +29,11 @@ class SampleMaker:
 
     def __init__(self, tokenizer: Tokenizer, cfg: VilaConfig) -> None:
         self.tokenizer, self.cfg = tokenizer, cfg
-        self.stop = tokenizer.token_id(get_template(cfg.profile.template).stop)
+        self.stop = tokenizer.token_id(cfg.profile.stop_tokens[0])
 
     def pretraining(self, text: str, images: Sequence[int] = ()) -> TrainingSample:
         """A document: loss on all of its text and on the end token (spec 4.2)."""
-        chunks = document(text, self.tokenizer)
+        chunks = document(text, self.tokenizer, self.cfg.profile)
         check_slots(chunks, len(images))
         ids = [*self._expand(chunks), self.stop]
         labels = [IGNORE_INDEX if token == IMAGE_TOKEN_INDEX else token for token in ids]
