@@ -162,7 +162,11 @@ def test_a_missing_tensor_and_a_broken_one(checkpoint_copy: Path) -> None:
         ("config.json", {"image_aspect_ratio": "dynamic_s2"}, "does not go with scales None"),
         ("config.json", {"s2": True}, "'s2_scales' is missing"),
         ("config.json", {"s2": True, "s2_scales": "46,92", "s2_max_split_size": 92}, "'s2_max_split_size' is 92"),
-        ("config.json", {"s2": True, "s2_scales": "46,100", "s2_max_split_size": 46}, "expected multiples of the smallest"),
+        (
+            "config.json",
+            {"s2": True, "s2_scales": "46,100", "s2_max_split_size": 46},
+            "expected multiples of the smallest",
+        ),
         ("config.json", {"s2": True, "s2_scales": "50,100", "s2_max_split_size": 50}, "expected to start with 46"),
         ("config.json", {"s2": True, "s2_scales": "9" * 30}, "expected numbers with commas"),
         ("config.json", {"mm_vision_select_layer": -9}, "select_layer -9: expected from -3 to -1"),

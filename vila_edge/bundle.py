@@ -23,7 +23,7 @@ from vila_edge.config import VilaConfig, from_plain
 from vila_edge.errors import BundleError, ConfigError, InputError
 
 FORMAT = "vila-edge bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights"
