@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from tests.tiny import random_parameters
-from vila_edge.config import VilaConfig
+from vila_edge.config import TokenizerConfig, VilaConfig
 from vila_edge.export.checkpoint_config import read_config
 from vila_edge.export.fields import Fields
 from vila_edge.export.layouts import Files
 from vila_edge.parameters import component
 from vila_edge.profiles import ERAS
-from vila_edge.tokenizer import TokenizerConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZERS = {

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.families import FAMILIES, config_of
 from tests.tiny import TINY, random_parameters
 from vila_edge import architecture
-from vila_edge.config import VilaConfig
 from vila_edge.parameters import count_parameters, is_quantised, parameter_shapes
 from vila_edge.reference.engine import ReferenceEngine, numpy_engine
 from vila_edge.reference.torch_engine import numpy_parameters_engine as torch_engine
@@ -118,33 +119,9 @@ def test_the_last_block_and_norm_of_the_tower_are_not_parameters() -> None:
     assert len(names) == 3 + 2 * 16
 
 
-def test_parameters_of_vila_1_5_3b_are_as_many_as_published() -> None:
+def test_parameters_of_vila_1_5_3b_are_as_many_as_published(tmp_path: Path) -> None:
     """Sizes of spec section 1.3: a tower of 428 M without its last block and head, an LLM of 2.7 G."""
-    big = VilaConfig(
-        dataclasses.replace(
-            TINY.vision_tower,
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            image_size=384,
-            patch_size=14,
-        ),
-        TINY.mm_projector,
-        dataclasses.replace(
-            TINY.llm,
-            hidden_size=2560,
-            intermediate_size=6912,
-            num_hidden_layers=32,
-            num_attention_heads=20,
-            num_key_value_heads=20,
-            head_dim=128,
-            vocab_size=32_000,
-            context_length=4096,
-        ),
-        TINY.preprocess,
-        TINY.profile,
-    )
+    big = config_of(FAMILIES["VILA1.5-3b"], tmp_path)
     assert big.tokens_per_image == 196
     shapes = parameter_shapes(big)
     assert shapes["mm_projector.layers.2.weight"] == (2560, 4608)

@@ -117,7 +117,7 @@ def test_names_that_leave_the_bundle_are_refused(name: str, bundle_copy: Path) -
     ("changes", "message"),
     [
         ({"format": "something"}, "'format' is 'something'"),
-        ({"format_version": 2}, "'format_version' is 2, this version reads 1"),
+        ({"format_version": 1}, "'format_version' is 1, this version reads 2"),
         ({"files": []}, "expected dict"),
         ({"files": {"tokenizer.json": {"size": 1}}}, "'sha256' is missing"),
         ({"config": {}}, "is missing"),

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.tiny import TINY, random_parameters
-from vila_edge.config import Profile, VilaConfig, from_plain
+from vila_edge.config import Profile, VilaConfig
 from vila_edge.errors import CheckpointError, ConfigError, InputError
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.fields import Fields
+from vila_edge.plain import from_plain
 from vila_edge.tokenizer import Tokenizer
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vila_edge import fsio
-from vila_edge.config import VilaConfig, from_plain
+from vila_edge.config import VilaConfig
 from vila_edge.errors import BundleError, ConfigError, InputError
+from vila_edge.plain import from_plain
 
 FORMAT = "vila-edge bundle"
 FORMAT_VERSION = 2

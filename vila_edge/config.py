@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import types
-import typing
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 from vila_edge.errors import ConfigError
 
@@ -21,8 +19,6 @@ Tokenization = Literal["per_chunk", "whole"]
 Activation = Literal["gelu", "gelu_pytorch_tanh", "quick_gelu"]
 AspectRatio = Literal["square", "resize", "pad", "dynamic", "dynamic_s2"]
 FrameRule = Literal["before_last", "rounded"]
-
-Config = TypeVar("Config")
 
 MAX_LAYERS = 1024  # several times what any published model has; every layer costs time before anything is read
 MAX_PROJECTOR_DEPTH = 16
@@ -90,7 +86,7 @@ class VisionConfig:
 
 # mm_projector_type -> patches per side folded into one token, and the widths between its linears
 # as functions of C, the width of a patch, and H, the width of the LLM (spec section 2.4).
-_DOWNSAMPLING: dict[str, tuple[int, typing.Callable[[int, int], tuple[int, ...]]]] = {
+_DOWNSAMPLING: dict[str, tuple[int, Callable[[int, int], tuple[int, ...]]]] = {
     "mlp_downsample": (2, lambda c, h: (h,)),
     "mlp_downsample_2x2_fix": (2, lambda c, h: (h,)),
     "mlp_downsample_3x3_fix": (3, lambda c, h: (3 * c, h)),
@@ -242,6 +238,7 @@ class VideoConfig:
     num_video_frames: int = 8
     fps: float = 0.0  # 0: as many frames as above, whatever the length
     pool_sizes: tuple[tuple[int, int, int], ...] = ()
+    max_tiles: int = 1  # above 1 the original cuts the frames of a dynamic model into tiles
 
     def __post_init__(self) -> None:
         _check_numbers(self, all_but=("fps",))
@@ -327,52 +324,6 @@ class VilaConfig:
         if self.mm_projector.downsample == 1:
             return self.vision_tower.num_features
         return self.projector_grid**2
-
-
-def from_plain(kind: type[Config], data: object, source: str) -> Config:
-    """A config dataclass from plain JSON data (the inverse of `dataclasses.asdict`).
-
-    Raises ConfigError that names the field, by its dotted path in `source`.
-    """
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{source}: expected an object, found {data!r}")
-    hints = typing.get_type_hints(kind)
-    unknown, missing = sorted(set(data) - set(hints)), sorted(set(hints) - set(data))
-    if unknown:
-        raise ConfigError(f"{source}: unknown field {unknown[0]!r}")
-    if missing:
-        raise ConfigError(f"{source}: field {missing[0]!r} is missing")
-    return build(kind, source, {name: _value(hint, data[name], f"{source}.{name}") for name, hint in hints.items()})
-
-
-def build(kind: type[Config], source: str, values: dict[str, Any]) -> Config:
-    """A config dataclass of `values`. Raises ConfigError with the source of the values for what `kind` refuses."""
-    try:
-        return kind(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error.message}", error.hint) from None
-
-
-def _value(hint: Any, value: object, source: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_plain(hint, value, source)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union) and type(None) in arguments:
-        return None if value is None else _value(arguments[0], value, source)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        hints = [arguments[0]] * len(value) if Ellipsis in arguments else list(arguments)
-        if len(hints) == len(value):
-            return tuple(_value(h, v, f"{source}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
-    if origin is dict and isinstance(value, dict):
-        return {key: _value(arguments[1], v, f"{source}.{key}") for key, v in value.items()}
-    if (origin is Literal and value in arguments) or hint is Any:
-        return value
-    if hint is float and type(value) in (int, float):
-        return float(typing.cast(float, value))
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    expected = getattr(hint, "__name__", None) if not origin else str(hint).replace("typing.", "")
-    raise ConfigError(f"{source}: expected {expected}, found {value!r}")
 
 
 def _check_numbers(config: Any, all_but: tuple[str, ...] = ()) -> None:

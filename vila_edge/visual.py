@@ -82,6 +82,11 @@ def _plan(medium: Medium, cfg: VilaConfig, images: int, end_length: int) -> Visu
         frames = len(medium.frames)
         if profile.video_as == "frames":
             return Visual(medium, WHOLE, (tokens + end_length,) * frames, profile.image_lead * frames)
+        if cfg.video.max_tiles > 1 and cfg.preprocess.image_aspect_ratio in ("dynamic", "dynamic_s2"):
+            raise PromptError(
+                f"this model cuts video frames into up to {cfg.video.max_tiles} tiles, which this version does not do",
+                "show single frames as images",
+            )
         lengths = [_pooled_length(frames, pool, cfg, end_length) for pool in cfg.video.pool_sizes]
         return Visual(medium, WHOLE, (sum(lengths) or frames * (tokens + end_length),), VIDEO_MARK)
     chosen = layout(*medium.size, cfg, images)

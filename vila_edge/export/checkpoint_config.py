@@ -17,12 +17,12 @@ from vila_edge.config import (
     VideoConfig,
     VilaConfig,
     VisionConfig,
-    build,
 )
 from vila_edge.errors import ConfigError
 from vila_edge.export.encoders import video_config
 from vila_edge.export.fields import Fields
 from vila_edge.export.layouts import Files, read_json
+from vila_edge.plain import build
 from vila_edge.preprocess import RESAMPLE
 
 
@@ -35,7 +35,6 @@ def read_config(files: Files, profile: Profile, tokenizer: TokenizerConfig) -> V
     scales = _scales_config(root)
     video = VideoConfig(root.integer("num_video_frames", 8))
     if profile.video_as == "video":
-        root.fixed(video_max_tiles=1)
         video = video_config(root)
     return build(
         VilaConfig,

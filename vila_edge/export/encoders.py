@@ -30,6 +30,7 @@ def video_config(root: Fields) -> VideoConfig:
         num_video_frames=root.integer("num_video_frames", 8),
         fps=root.from_zero("fps", 0.0),
         pool_sizes=pools,
+        max_tiles=root.integer("video_max_tiles", 1),
     )
 
 

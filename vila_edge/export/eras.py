@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vila_edge.config import Profile, TokenOrder, from_plain
+from vila_edge.config import Profile, TokenOrder
 from vila_edge.errors import ConfigError, UsageError
 from vila_edge.export.encoders import image_end
 from vila_edge.export.layouts import Files, read_json
+from vila_edge.plain import from_plain
 from vila_edge.profiles import ERAS, NVILA, PROFILE_KEY, VILA_1_0, VILA_1_5
 from vila_edge.templates import TEMPLATES, get_template
 from vila_edge.tokenizer import Tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from vila_edge.config import build
 from vila_edge.errors import ConfigError
+from vila_edge.plain import build
 
 Config = TypeVar("Config")
 

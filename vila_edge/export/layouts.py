@@ -108,7 +108,7 @@ def _single_folder(path: Path, root: dict[str, Any], vision_tower: Path | None) 
             tensors[f"llm.{stored.name}"] = stored
     for stored in _tensor_files(tower):
         tensors[f"vision_tower.{stored.name}"] = stored
-    llm = {key: value for key, value in root.items() if key not in _VILA_KEYS and not key.startswith("mm_")}
+    llm = {key: value for key, value in root.items() if key not in _VILA_KEYS and not key.startswith(_VILA_PREFIXES)}
     tower_config = _fields(tower / "config.json")
     if tower_config.data.get("model_type") == "clip":  # a whole CLIP, of which the tower is one half
         nested = tower_config.data.get("vision_config")
@@ -125,17 +125,13 @@ def _single_folder(path: Path, root: dict[str, Any], vision_tower: Path | None) 
     return Files(path, True, configs, path, tower / "preprocessor_config.json", tensors)
 
 
-# Keys of a v1.0 config.json that are not the LLaMA's.
+# Keys of a v1.0 config.json that are not the LLaMA's; the prefixes are of how it was trained, and of the other parts.
+_VILA_PREFIXES = ("mm_", "freeze_", "tune_", "unfreeze_")
 _VILA_KEYS = (
-    "freeze_mm_mlp_adapter",
-    "freeze_mm_vision_resampler",
     "image_aspect_ratio",
     "image_grid_pinpoints",
     "model_type",
     "mm_projector_type",
-    "tune_mm_mlp_adapter",
-    "tune_mm_vision_resampler",
-    "unfreeze_mm_vision_tower",
     "use_mm_proj",
     "vision_resolution",
 )
