@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
+from tests.test_golden import GOLDEN
 from tests.tiny import TINY
+from vila_edge.config import Profile
 from vila_edge.errors import ConfigError, PromptError
-from vila_edge.prompt import Chunk, ImageSlot, TextChunk, Turn, assemble, check_slots, document, place_media
+from vila_edge.export.checkpoint import Checkpoint
+from vila_edge.export.eras import Choices
+from vila_edge.profiles import NVILA, VILA_1_5
+from vila_edge.prompt import (
+    Chunk,
+    Control,
+    ImageSlot,
+    Shown,
+    TextChunk,
+    Turn,
+    assemble,
+    check_slots,
+    document,
+    expand_marks,
+    place_media,
+    tokenize,
+)
 from vila_edge.templates import get_template
 from vila_edge.tokenizer import Tokenizer
 
@@ -112,3 +131,133 @@ def test_an_unknown_template_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="unknown conversation template 'chatml'") as error:
         get_template("chatml")
     assert "vicuna_v1" in error.value.hint
+
+
+def golden(name: str) -> Tokenizer:
+    return Checkpoint(GOLDEN / name / "checkpoint").tokenizer()
+
+
+def chunk_ids(tokenizer: Tokenizer, *pieces: str | Control | ImageSlot, profile: Profile = VILA_1_5) -> list[Any]:
+    """Ids of each chunk; None where a slot is."""
+    chunks = tokenize(pieces, tokenizer, profile)
+    return [None if isinstance(chunk, ImageSlot) else list(chunk.ids) for chunk in chunks]
+
+
+BOS = Control("<|begin_of_text|>")
+
+
+def test_a_bos_that_the_tokenizer_adds_is_kept_once() -> None:
+    tokenizer = golden("v15_llama3_gqa")
+    bos, a, b = tokenizer.bos_id, list(tokenizer.encode("a")), list(tokenizer.encode("b"))
+    assert tokenizer.prefix == (bos,)
+    assert chunk_ids(tokenizer, "a", ImageSlot(0), "b") == [[bos, *a], None, b]
+    assert chunk_ids(tokenizer, ImageSlot(0), "b") == [[bos], None, b]
+
+
+def test_a_bos_that_is_added_and_spelled_stands_twice() -> None:
+    tokenizer = golden("v15_llama3_gqa")
+    bos, a, b = tokenizer.bos_id, list(tokenizer.encode("a")), list(tokenizer.encode("b"))
+    assert chunk_ids(tokenizer, BOS, "a", ImageSlot(0), "b") == [[bos, bos, *a], None, b]
+
+
+def test_a_bos_that_is_only_spelled_costs_later_chunks_their_first_token() -> None:
+    """Spec 3.3, the trap: the original drops the first id of every later chunk, whatever it is."""
+    tokenizer = golden("v15_llama3_nobos")
+    bos, a, bc = tokenizer.bos_id, list(tokenizer.encode("a")), list(tokenizer.encode("b c d"))
+    assert tokenizer.prefix == ()
+    pieces = (BOS, "a", ImageSlot(0), "b c d", ImageSlot(1), ImageSlot(2), "b c d")
+    assert chunk_ids(tokenizer, *pieces) == [[bos, *a], None, bc[1:], None, None, bc[1:]]
+
+
+def test_without_any_bos_nothing_is_dropped() -> None:
+    tokenizer = golden("v15_llama3_nobos")
+    a, b = list(tokenizer.encode("a")), list(tokenizer.encode("b c"))
+    assert chunk_ids(tokenizer, "a", ImageSlot(0), "b c") == [a, None, b]
+    assert chunk_ids(tokenizer, ImageSlot(0), BOS, "b c") == [None, [tokenizer.bos_id, *b]]
+
+
+def test_a_conversation_that_is_tokenised_as_a_whole_drops_nothing() -> None:
+    tokenizer = golden("v15_llama3_nobos")
+    bos, b = tokenizer.bos_id, list(tokenizer.encode("b c"))
+    assert chunk_ids(tokenizer, BOS, ImageSlot(0), "b c", profile=NVILA) == [[bos], None, b]
+
+
+def test_a_slow_tokenizer_puts_one_blank_before_each_chunk() -> None:
+    tokenizer = golden("v15_hermes_pad_decoder")
+    bos, (blank,) = tokenizer.bos_id, tokenizer.encode("▁")
+    a, b = tokenizer.encode("a\n"), tokenizer.encode("b\n")
+    assert tokenizer.encode("▁a\n") != (blank, *a)  # so it matters what a blank belongs to
+    found = chunk_ids(tokenizer, "a\n", ImageSlot(0), "b\n")
+    assert found == [[bos, *tokenizer.encode("▁a\n")], None, [*tokenizer.encode("▁b\n")]]
+    im_end, end = tokenizer.control_id("<|im_end|>"), tokenizer.control_id("</s>")
+    assert "<|im_end|>" not in tokenizer.config.special_tokens
+    # Before a control token of the template's, once; text behind it has none.
+    found = chunk_ids(tokenizer, ImageSlot(0), Control("<|im_end|>"), "a\n", Control("<|im_end|>"), "b\n")
+    assert found == [[bos], None, [blank, im_end, *a, im_end, *b]]
+    # Not before one of the tokenizer's own.
+    assert "</s>" in tokenizer.config.special_tokens
+    found = chunk_ids(tokenizer, Control("</s>"), "a\n", ImageSlot(0), Control("</s>"), "b\n")
+    assert found == [[bos, end, *a], None, [end, *b]]
+
+
+def test_nothing_between_two_images_is_no_chunk() -> None:
+    tokenizer = golden("v15_siglip_mlp_downsample_resize")
+    bos = tokenizer.bos_id
+    assert chunk_ids(tokenizer, "", ImageSlot(0), "", ImageSlot(1), "") == [[bos], None, None]
+    between = chunk_ids(tokenizer, ImageSlot(0), " ", ImageSlot(1))[2]
+    assert between == list(tokenizer.encode("▁ "))
+
+
+def test_a_control_token_that_the_tokenizer_lacks_is_text_and_part_of_it() -> None:
+    tokenizer = golden("v15_siglip_mlp_downsample_resize")
+    assert tokenizer.control_id("<|im_end|>") is None
+    joined = [tokenizer.bos_id, *tokenizer.encode("▁a<|im_end|>b")]
+    assert chunk_ids(tokenizer, "a", Control("<|im_end|>"), "b") == [joined]
+
+
+@pytest.mark.parametrize(
+    ("case", "template"),
+    [
+        ("v15_llama3_gqa", "llama_3_may_2024"),
+        ("v15_llama3_nobos", "llama_3"),
+        ("v15_hermes_pad_decoder", "hermes-2"),
+        ("nvila_lite_3x3_dynamic", "qwen2"),
+    ],
+)
+def test_control_tokens_that_a_user_types_stay_text(case: str, template: str) -> None:
+    checkpoint = Checkpoint(GOLDEN / case / "checkpoint", Choices(template=template))
+    tokenizer, profile = checkpoint.tokenizer(), checkpoint.config.profile
+    typed = "x".join([*get_template(template).controls, *profile.stop_tokens, "<|endoftext|>", "</s>", "<unk>"])
+
+    def said(text: str) -> tuple[list[int], list[int]]:
+        (chunk,) = assemble([Turn("user", text), Turn("assistant", text)], tokenizer, profile)
+        assert isinstance(chunk, TextChunk)
+        known = [i for i in chunk.ids if tokenizer.control_token(i) is not None]
+        return known, [i for i in chunk.ids if tokenizer.control_token(i) is None]
+
+    controls, text = said(typed)
+    assert controls == said("Hi")[0]
+    assert len(controls) >= 5
+    assert tokenizer.decode(text).count(typed) == 2
+
+
+def test_nvila_strips_what_is_said_and_vila_1_5_does_not() -> None:
+    turns = [Turn("user", " \n Hi  there \n"), Turn("assistant", " yes ")]
+    assert [turn.text for turn in expand_marks(turns, [], NVILA)] == ["Hi  there", "yes"]
+    assert expand_marks(turns, [], VILA_1_5) == turns
+
+
+def test_tiles_take_the_place_of_their_image_and_the_last_newline_goes() -> None:
+    tiles, video = Shown("<image>", "<image>\n" * 3), Shown("<video>", "<video>")
+    last = expand_marks([Turn("user", "What? <image>")], [tiles], NVILA)
+    assert last == [Turn("user", "What? <image>\n<image>\n<image>")]
+    first = expand_marks([Turn("user", "<image>What?<video>"), Turn("assistant", "<image>")], [tiles, video], NVILA)
+    assert first == [Turn("user", "<image>\n<image>\n<image>\nWhat?<video>"), Turn("assistant", "<image>")]
+    kept = expand_marks([Turn("user", "What? <image>")], [tiles], VILA_1_5)
+    assert kept == [Turn("user", "What? <image>\n<image>\n<image>\n")]
+
+
+def test_images_and_videos_go_to_their_own_marks() -> None:
+    tiles, video = Shown("<image>", "<image>"), Shown("<video>", "<video>")
+    with pytest.raises(PromptError, match="mark 1 of the prompt is <video>, but what comes with it is .*image"):
+        expand_marks([Turn("user", "<video><image>")], [tiles, video], NVILA)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from vila_edge.config import TokenizerConfig
 from vila_edge.errors import InputError
 from vila_edge.micro.tokens import VOCAB_SIZE
 from vila_edge.micro.words import LABELS, NUMBERS, ORDINALS
@@ -71,3 +72,35 @@ def test_a_padding_token_without_a_row_is_harmless(tokenizer_json: str) -> None:
     padded = with_added_token(tokenizer_json, VOCAB_SIZE, special=True)
     padded.check_rows(VOCAB_SIZE)
     assert VOCAB_SIZE not in padded.encode("a <pad> b")
+
+
+def test_a_tokenizer_that_ends_every_text_with_a_token_is_refused(tokenizer_json: str) -> None:
+    plain = json.loads(tokenizer_json)
+    plain["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    end = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    plain["post_processor"]["special_tokens"]["</s>"] = end
+    with pytest.raises(InputError, match=r"llm/tokenizer.json: puts a token behind every text"):
+        Tokenizer(json.dumps(plain), "llm/tokenizer.json")
+
+
+def test_control_tokens_go_by_id_and_by_text(tokenizer: Tokenizer) -> None:
+    for token in ("<unk>", "<s>", "</s>"):
+        found = tokenizer.control_id(token)
+        assert found == tokenizer.token_id(token)
+        assert tokenizer.control_token(found) == token
+
+
+def test_a_word_of_the_vocabulary_is_no_control_token(tokenizer: Tokenizer) -> None:
+    (seven,) = tokenizer.encode("seven")
+    assert tokenizer.control_token(seven) is None
+    assert tokenizer.control_id("Ġseven") is None
+    assert tokenizer.token_id("Ġseven") == seven
+    assert tokenizer.control_id("<|im_end|>") is None
+    assert tokenizer.control_token(10**6) is None
+
+
+def test_a_bos_token_that_the_tokenizer_lacks_is_refused(tokenizer_json: str) -> None:
+    assert Tokenizer(tokenizer_json, config=TokenizerConfig("</s>")).bos_id == 2
+    assert Tokenizer(tokenizer_json).bos_id is None
+    with pytest.raises(InputError, match=r"no token '\[BOS\]'"):
+        Tokenizer(tokenizer_json, config=TokenizerConfig("[BOS]"))

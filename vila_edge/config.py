@@ -201,6 +201,11 @@ class PreprocessConfig:
             raise ConfigError(f"image_std {list(self.image_std)}: expected positive numbers")
         if self.shortest_edge is not None and self.shortest_edge < self.image_size:
             raise ConfigError(f"shortest_edge {self.shortest_edge}: expected at least image_size {self.image_size}")
+        if self.shortest_edge not in (None, self.image_size) and self.image_aspect_ratio not in ("square", "pad"):
+            raise ConfigError(
+                f"shortest_edge {self.shortest_edge}: expected image_size {self.image_size}, because "
+                f"image_aspect_ratio is {self.image_aspect_ratio!r}"
+            )
         if self.min_tiles > self.max_tiles:
             raise ConfigError(f"min_tiles {self.min_tiles} is more than max_tiles {self.max_tiles}")
 

@@ -82,10 +82,16 @@ def check_absent(target: Path, replace: bool) -> None:
         raise UsageError(f"{target} exists already", "choose another place, or say --force to replace it")
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's content. Raises InputError if it is missing, not regular or over `limit` bytes."""
+def read_bytes(path: Path, limit: int, follow_links: bool = False) -> bytes:
+    """A regular file's content. Raises InputError if it is missing, not regular or over `limit` bytes.
+
+    Links are followed in a checkpoint alone: download caches are made of them.
+    """
     try:
-        with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        with (
+            open_regular(path.resolve() if follow_links else path) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+        ):
             data = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
@@ -94,18 +100,18 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
-def read_text(path: Path, limit: int = 64 << 20) -> str:
+def read_text(path: Path, limit: int = 64 << 20, follow_links: bool = False) -> str:
     """A text file. Raises InputError, as `read_bytes` does, also if it is not UTF-8."""
     try:
-        return read_bytes(path, limit).decode()
+        return read_bytes(path, limit, follow_links).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start:,}") from None
 
 
-def read_json(path: Path, limit: int = 8 << 20) -> dict[str, Any]:
+def read_json(path: Path, limit: int = 8 << 20, follow_links: bool = False) -> dict[str, Any]:
     """A JSON object. Raises InputError if the file is not one."""
     try:
-        value = json.loads(read_bytes(path, limit))
+        value = json.loads(read_bytes(path, limit, follow_links))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):

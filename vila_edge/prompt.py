@@ -226,7 +226,7 @@ def check_marks(found: Sequence[str], given: Sequence[str]) -> None:
     for number, (mark, kind) in enumerate(zip(found, given, strict=True), 1):
         if mark != kind:
             raise PromptError(
-                f"mark {number} of the prompt is {mark}, but what comes with it is a {kind.strip('<>')}",
+                f"mark {number} of the prompt is {mark}, but what comes with it is {'a video' if kind == VIDEO_MARK else 'an image'}",
                 "images and videos go to the marks in their order",
             )
 

@@ -59,10 +59,14 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Digest of what an export reads: configs, tokenizer and parameters."""
-        digest = hashlib.sha256()
+        digest, root = hashlib.sha256(), self.path.resolve()
+        named = {}
         for path in self.files.paths:
-            name = path.relative_to(self.path) if path.is_relative_to(self.path) else Path("vision_tower") / path.name
-            digest.update(f"{name.as_posix()} {fsio.sha256(path)}\n".encode())
+            place = path.parent.resolve() / path.name
+            inside = place.is_relative_to(root)
+            named[(place.relative_to(root) if inside else Path("vision_tower") / path.name).as_posix()] = path
+        for name in sorted(named):
+            digest.update(f"{name} {fsio.sha256(named[name].resolve())}\n".encode())
         return digest.hexdigest()
 
     def _check_tensors(self) -> None:
@@ -104,7 +108,7 @@ def _tokenizer(files: Files) -> tuple[str, TokenizerConfig]:
     bos = bos.get("content") if isinstance(bos, dict) else bos
     if bos is not None and not isinstance(bos, str):
         raise CheckpointError(f"{folder / 'tokenizer_config.json'}: 'bos_token' is {bos!r}, expected text")
-    tokenizer_json = fsio.read_text(path)
+    tokenizer_json = fsio.read_text(path, follow_links=True)
     if bos is not None and Tokenizer(tokenizer_json, str(path)).control_id(bos) is None:
         bos = None
     return tokenizer_json, TokenizerConfig(bos)

@@ -6,6 +6,7 @@ What they do not tell is chosen, and said.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,14 +90,16 @@ def detect(
 def _era(files: Files, warnings: list[str]) -> Profile:
     if files.single_folder:
         return VILA_1_0
-    versions = {str(fields.data.get("transformers_version")) for fields in files.configs.values()}
+    stored = (fields.data.get("transformers_version") for fields in files.configs.values())
+    versions = {str(version) for version in stored if version is not None}
     family = files.configs["llm"].data.get("model_type")
     old = any(version.startswith(_TRANSFORMERS_OF_VILA_1_5) for version in versions)
     profile = NVILA if family == "qwen2" else VILA_1_5
     if old != (profile is VILA_1_5):
         other = VILA_1_5 if profile is NVILA else NVILA
         warnings.append(
-            f"{files.root}: the era is not certain (a {family} saved by transformers {', '.join(sorted(versions))}); "
+            f"{files.root}: the era is not certain (a {family} saved by transformers "
+            f"{', '.join(sorted(versions)) or 'of no stated version'}); "
             f"taken for {profile.era}, with {profile.token_order} tokens. If it was trained as {other.era}, say "
             f"--era {other.era}; if only the order differs, --token-order {other.token_order}"
         )
@@ -119,7 +122,10 @@ def _template(
             )
         return profile.template
     if tokenizer.control_id("<|start_header_id|>") is not None:
-        fixed = "<|eot_id|>" in eos_tokens or "fix" in files.root.resolve().name.lower()
+        fixed = (
+            "<|eot_id|>" in eos_tokens
+            or re.search(r"(^|[-_.])fix($|[-_.])", files.root.resolve().name.lower()) is not None
+        )
         chosen, other = ("llama_3", "llama_3_may_2024") if fixed else ("llama_3_may_2024", "llama_3")
         warnings.append(
             f"{files.root}: Llama-3 VILA1.5 was trained with two templates, and the files do not say with which; "

@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing from the checkpoint")
     try:
-        return fsio.read_json(path)
+        return fsio.read_json(path, follow_links=True)
     except InputError as error:
         raise CheckpointError(error.message) from None
 

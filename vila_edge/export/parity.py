@@ -7,12 +7,15 @@ ids) and `<p>.npz` (pixel_values, vision_features, projected, inputs_embeds, log
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from vila_edge import fsio
@@ -219,7 +222,8 @@ def _arrays(path: Path) -> dict[str, FloatArray]:
     if not path.is_file():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as opened, NpzFile(opened, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not an npz file: {error}") from None

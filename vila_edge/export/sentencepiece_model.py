@@ -64,7 +64,9 @@ def convert(folder: Path) -> ConvertedTokenizer:
     """The tokenizer of a folder, for the tokenizers library. Raises InputError if that would encode differently."""
     model = _read_model(folder / "tokenizer.model")
     source = folder / "tokenizer_config.json"
-    config = {"add_bos_token": True, "add_eos_token": False, "sp_model_kwargs": {}} | fsio.read_json(source)
+    config = {"add_bos_token": True, "add_eos_token": False, "sp_model_kwargs": {}} | fsio.read_json(
+        source, follow_links=True
+    )
     understood: dict[str, tuple[Any, ...]] = {"tokenizer_class": ("LlamaTokenizer", "LlamaTokenizerFast")}
     understood |= {"add_bos_token": (True, False), "add_eos_token": (False,), "sp_model_kwargs": ({}, None)}
     for key, values in understood.items():
@@ -86,7 +88,7 @@ def convert(folder: Path) -> ConvertedTokenizer:
 
 def _read_model(path: Path) -> _Model:
     """A BPE model. Raises InputError if it is damaged, or encodes in a way that the tokenizers library cannot."""
-    data, processor = fsio.read_bytes(path, 64 << 20), SentencePieceProcessor()
+    data, processor = fsio.read_bytes(path, 64 << 20, follow_links=True), SentencePieceProcessor()
     try:
         for proto in (data, data + NO_PREFIX):
             processor.load_from_serialized_proto(proto)
@@ -134,7 +136,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def _special_tokens(config: dict[str, Any], folder: Path) -> tuple[dict[str, str], list[str]]:
     """The special token of each role, "" for none, and all special tokens in the order of transformers."""
     path = folder / "special_tokens_map.json"
-    files = {folder / "tokenizer_config.json": config, path: fsio.read_json(path)}
+    files = {folder / "tokenizer_config.json": config, path: fsio.read_json(path, follow_links=True)}
     roles, additional = {}, []
     for role, default in ROLES.items():
         found = {_token(data[role], f"{name}: {role}") for name, data in files.items() if data.get(role)}
@@ -167,7 +169,7 @@ def _added_tokens(model: _Model, config: dict[str, Any], special: list[str], fol
         raise InputError(f"{name}: expected an object, found {table!r}")
     listed = [(f"{name}: {i}", i, token) for i, token in table.items()]
     if path.exists():
-        listed += [(f"{path}: {text!r}", str(i), text) for text, i in fsio.read_json(path).items()]
+        listed += [(f"{path}: {text!r}", str(i), text) for text, i in fsio.read_json(path, follow_links=True).items()]
     added = {text: (model.ids[text], True) for text in model.texts(UNKNOWN, CONTROL)}
     for where, number, token in listed:
         if not re.fullmatch("[0-9]{1,9}", number):
