@@ -99,7 +99,7 @@ def expand_marks(turns: Sequence[Turn], shown: Sequence[Shown], profile: Profile
 
 def few_shot(examples: Sequence[str], question: str, profile: Profile) -> str:
     """A prompt of answered examples, one image each, and the question behind them."""
-    return "".join(profile.few_shot.format(answer=answer) for answer in examples) + question
+    return "".join(profile.few_shot.replace("{answer}", answer) for answer in examples) + question
 
 
 def think_step_by_step(question: str) -> str:

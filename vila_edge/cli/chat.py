@@ -61,6 +61,8 @@ def chat(
         prompt = sys.stdin.read().strip()
         if not prompt:
             raise UsageError("no prompt", "give one behind the bundle, or start the chat in a terminal")
+    if think and prompt is None:
+        raise UsageError("--think goes with a PROMPT", "in a conversation, type the cue: Think step-by-step.")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: expected at least 1")
     pipeline = load(bundle, backend, threads, ctx_size)
