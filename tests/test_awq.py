@@ -18,11 +18,13 @@ from vila_edge.reference.torch_ops import TorchOps
 
 GROUP = 32
 MHA = dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, num_key_value_heads=4))
+BIASED = dataclasses.replace(MHA, llm=dataclasses.replace(MHA.llm, model_type="qwen2"))
+MODELS = {"grouped queries": TINY, "multi-head": MHA, "multi-head with biases": BIASED}
 
 
 def outlier_parameters(cfg: LlmConfig) -> dict[str, Tensor]:
     """Random weights, with a few input channels that carry activations twenty times as large."""
-    full = TINY if cfg is TINY.llm else MHA
+    full = next(model for model in MODELS.values() if model.llm is cfg)
     params = {name: torch.from_numpy(value) for name, value in random_parameters(full).items()}
     for layer in range(cfg.num_hidden_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -39,13 +41,13 @@ def run_decoder(params: dict[str, Tensor], x: Tensor, cfg: LlmConfig) -> Tensor:
     return architecture.decoder(TorchOps(params), x, cfg)
 
 
-@pytest.mark.parametrize("cfg", [TINY.llm, MHA.llm], ids=["grouped queries", "multi-head"])
+@pytest.mark.parametrize("cfg", [model.llm for model in MODELS.values()], ids=list(MODELS))
 def test_scaling_alone_changes_nothing(cfg: LlmConfig) -> None:
     params = outlier_parameters(cfg)
     block = {name: value for name, value in params.items() if name.startswith("llm.model.layers.0.")}
     scaled = dict(block)
     groups = awq._scale_groups(0, cfg)
-    assert len(groups) == (4 if cfg is MHA.llm else 3)
+    assert len(groups) == (3 if cfg is TINY.llm else 4)
     for group in groups:
         width = scaled[f"{group.linears[0]}.weight"].shape[1]
         awq._apply_scales(group, torch.linspace(0.2, 5, width), scaled)
