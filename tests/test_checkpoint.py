@@ -257,3 +257,13 @@ def test_a_key_that_nobody_asked_for_is_refused() -> None:
     assert fields.integer("a") == 1
     with pytest.raises(ConfigError, match="config.json: 'mystery' is set to 2"):
         fields.done()
+
+
+def test_control_tokens_cannot_be_typed_even_if_the_tokenizer_would_let_them(checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "llm" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    for token in stored["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(stored))
+    tokenizer = Checkpoint(checkpoint_copy).tokenizer()
+    assert tokenizer.token_id("</s>") not in tokenizer.encode("a</s>b")
