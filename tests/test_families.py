@@ -15,6 +15,7 @@ from vila_edge.media.video import Video
 from vila_edge.parameters import component, parameter_shapes
 from vila_edge.pipeline import Pipeline, Shot, load
 from vila_edge.sampler import Sampling
+from vila_edge.timing import Timings
 from vila_edge.visual import plan
 
 SHORT = Sampling(max_new_tokens=3)
@@ -112,3 +113,11 @@ def test_one_large_image_of_each_tiling_family(tmp_path: Path) -> None:
     assert scaled.slot_lengths == (12 * 256 + 1,)
     pair = plan([wide, wide], config_of(FAMILIES["NVILA-8B"], tmp_path), end_length=1)
     assert [visual.slot_lengths for visual in pair] == [(257,), (257,)]
+
+
+def test_an_image_seen_in_tiles_is_looked_at_anew_beside_another(pipeline: Pipeline) -> None:
+    wide, other = load_image(picture(300, 80)), load_image(picture(80, 80))
+    pipeline.generate("Describe.", [wide], SHORT)
+    visuals = pipeline.plan([wide, other])
+    lengths = [len(slot) for slot in pipeline._slot_embeds(visuals, Timings())]
+    assert lengths == [length for visual in visuals for length in visual.slot_lengths]
