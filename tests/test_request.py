@@ -124,11 +124,11 @@ def test_paths_in_a_file_are_meant_from_its_folder_and_go_first(tmp_path: Path) 
     path = tmp_path / "deep" / "ask.json"
     path.parent.mkdir()
     shots = [{"image": "../s.png", "answer": "x = 1"}]
-    asked = {"prompt": "Why?", "images": ["a.png", "/tmp/b.png"], "videos": ["v"], "shots": shots}
+    asked = {"prompt": "Why?", "images": ["a.png", "/elsewhere/b.png"], "videos": ["v"], "shots": shots}
     path.write_text(json.dumps(asked))
     here = path.parent
     want = Request(
-        "Why?", [str(here / "a.png"), "/tmp/b.png"], [str(here / "v")], [Shot(str(here / "../s.png"), "x = 1")]
+        "Why?", [str(here / "a.png"), "/elsewhere/b.png"], [str(here / "v")], [Shot(str(here / "../s.png"), "x = 1")]
     )
     assert NOTHING.with_file(path) == want
     said = Request("How?", ["c.png"], ["w"], [Shot("t.png", "y")]).with_file(path)
