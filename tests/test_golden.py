@@ -23,7 +23,7 @@ from vila_edge.templates import get_template
 from vila_edge.tiles import closest_grid
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/checkpoint"))
 ENGINES: dict[str, Callable[..., Engine]] = {
     "numpy": numpy_engine,
     "torch": numpy_parameters_engine,

@@ -252,8 +252,8 @@ def reshape(path: Path, name: str) -> None:
 
 
 def dangle(folder: Path) -> None:
-    """What the AWQ releases look like: an index whose shards are not there, and one file of 4 bits."""
-    (folder / WEIGHTS).rename(folder / "llm-w4-g128-awq-v2.pt")
+    """An index whose shards are not there, and nothing in their place."""
+    (folder / WEIGHTS).unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00004.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +16,19 @@ from vila_edge import fsio
 from vila_edge.architecture import VISION_TOWER
 from vila_edge.config import TokenizerConfig, VilaConfig
 from vila_edge.errors import CheckpointError
+from vila_edge.export import awq_formats
+from vila_edge.export.awq_formats import Packed, Packing, Tensors, check_parts, packed_names
 from vila_edge.export.checkpoint_config import read_config
 from vila_edge.export.eras import Choices, detect
 from vila_edge.export.layouts import Files, open_files, read_json
+from vila_edge.export.packed_layout import QUANTIZATION_CONFIG
 from vila_edge.export.sentencepiece_model import convert
-from vila_edge.parameters import component, parameter_shapes
+from vila_edge.int4 import MIDDLE, Int4
+from vila_edge.parameters import Shape, component, is_quantised, parameter_shapes
 from vila_edge.templates import get_template
 from vila_edge.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 SLOW_TOKENIZER_PREFIX = "▁"  # sentencepiece's blank
 
@@ -37,21 +45,58 @@ class Checkpoint:
         self.files = open_files(self.path, choices.vision_tower if choices else None)
         self.tokenizer_json, config = _tokenizer(self.files)
         tokenizer = Tokenizer(self.tokenizer_json, str(self.files.tokenizer / "tokenizer.json"), config)
-        profile, self.warnings = detect(self.files, tokenizer, _eos_tokens(self.files, tokenizer), choices or Choices())
+        profile, warnings = detect(self.files, tokenizer, _eos_tokens(self.files, tokenizer), choices or Choices())
+        self.warnings = [*self.files.warnings, *warnings]
         self.config = read_config(self.files, profile, config)
         self.tokenizer_json = _protect(self.tokenizer_json, self.config)
+        self._packed_linears: list[str] = []
         self._check_tensors()
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.tokenizer_json, str(self.files.tokenizer / "tokenizer.json"), self.config.tokenizer)
 
     def parameter(self, name: str) -> NDArray[np.float32]:
-        """A parameter in float32, read from the disk. Raises CheckpointError if it is not finite."""
+        """A parameter in float32, read from the disk. Raises CheckpointError if it is not finite.
+
+        A linear in 4 bits comes as the weight that its format stands for.
+        """
+        linear = name.removesuffix(".weight")
+        if linear in self._packed_linears:
+            return self._unpack(linear, awq_formats.dequantize)
         stored = self.files.tensors[name]
         values = stored.file.float32(stored.name)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{stored.file.path}: tensor {stored.name!r} is not finite")
         return values
+
+    def int4(self, linear: str) -> Int4 | None:
+        """The integers of a linear (a parameter's name without `.weight`), or None if it is stored as floats.
+
+        In llm-awq's v2 the weights that they stand for are off from `parameter`'s by the rounding of its zero points.
+        Raises CheckpointError if scales or zero points are damaged.
+        """
+        return self._unpack(linear, awq_formats.unpack) if linear in self._packed_linears else None
+
+    @cached_property
+    def packed(self) -> Packed | None:
+        """How the linears in 4 bits are stored; None if there are none.
+
+        Reads zero points, up to the first linear that is not symmetric. Raises CheckpointError as `int4` does.
+        """
+        packing = self.files.packing
+        if packing is None:
+            return None
+        symmetric = all(
+            (self._unpack(linear, awq_formats.zero_points) == MIDDLE).all() for linear in self._packed_linears
+        )
+        return Packed(packing.format, packing.group_size, symmetric)
+
+    def stored_dtype(self, name: str) -> str:
+        """The type in which a parameter is stored, as safetensors calls it; "I4" for a linear in 4 bits."""
+        if name.removesuffix(".weight") in self._packed_linears:
+            return "I4"
+        stored = self.files.tensors[name]
+        return stored.file.entries[stored.name].dtype
 
     def parameters(self) -> dict[str, NDArray[np.float32]]:
         """All parameters."""
@@ -70,25 +115,67 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _check_tensors(self) -> None:
-        shapes = parameter_shapes(self.config)
+        shapes, tensors = parameter_shapes(self.config), self.files.tensors
+        known = set(shapes)
         for name, shape in shapes.items():
-            if name not in self.files.tensors:
+            linear = name.removesuffix(".weight")
+            if is_quantised(name) and f"{linear}.qweight" in tensors and name not in tensors:
+                known |= set(self._check_packed(linear, shape))
+                self._packed_linears.append(linear)
+                continue
+            if name not in tensors:
                 place = self.path if self.files.single_folder else self.path / component(name)
                 raise CheckpointError(f"{place}: no tensor {name.partition('.')[2]!r}, expected shape {list(shape)}")
-            stored = self.files.tensors[name]
+            stored = tensors[name]
             found = stored.file.entries[stored.name].shape
             if found != shape:
                 raise CheckpointError(
                     f"{stored.file.path}: tensor {stored.name!r} has shape {list(found)}, expected {list(shape)} "
                     "by config.json"
                 )
-        for name in sorted(set(self.files.tensors) - set(shapes)):
+        for name in sorted(set(tensors) - known):
             if not _is_inert(name, self.config):
-                stored = self.files.tensors[name]
+                stored = tensors[name]
                 raise CheckpointError(
                     f"{stored.file.path}: holds {stored.name!r}, for which the config.json of its part has no use",
                     "a model without it would compute something else: check that config.json belongs to these weights",
                 )
+        if self.files.packing and not self._packed_linears:
+            raise CheckpointError(
+                f"{self.files.configs['llm'].source}: says that the weights are in 4 bits, but no linear has a qweight",
+                f"if the weights are floats, remove {QUANTIZATION_CONFIG!r} from it",
+            )
+
+    def _check_packed(self, linear: str, shape: Shape) -> tuple[str, ...]:
+        """The names of a packed linear's parts, all there and of the right type and shape."""
+        stored, packing = self.files.tensors[f"{linear}.qweight"], self.files.packing
+        path = stored.file.path
+        if packing is None:
+            raise CheckpointError(
+                f"{path}: holds {stored.name!r}, a linear in 4 bits, but {self.files.configs['llm'].source} has no "
+                f"{QUANTIZATION_CONFIG!r}",
+                "add what was written beside these weights: quant_method, bits, group_size, version",
+            )
+        names = packed_names(packing.format, linear)
+        parts = [self.files.tensors[name] for name in names if name in self.files.tensors]
+        entries = {part.name: part.file.entries[part.name] for part in parts}
+        found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        try:
+            check_parts(packing, stored.name.removesuffix(".qweight"), found, (shape[0], shape[1]))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error.message}", error.hint) from None
+        return names
+
+    def _unpack(self, linear: str, compute: Callable[[Packing, str, Tensors], T]) -> T:
+        """What `compute` makes of a packed linear, whose parts are mapped."""
+        packing = self.files.packing
+        assert packing is not None, linear
+        parts = [self.files.tensors[name] for name in packed_names(packing.format, linear)]
+        try:
+            name = parts[0].name.removesuffix(".qweight")
+            return compute(packing, name, {part.name: part.file.array(part.name) for part in parts})
+        except CheckpointError as error:
+            raise CheckpointError(f"{parts[0].file.path}: {error.message}", error.hint) from None
 
 
 def _tokenizer(files: Files) -> tuple[str, TokenizerConfig]:

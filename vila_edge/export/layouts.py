@@ -13,7 +13,15 @@ from typing import Any
 from vila_edge import fsio
 from vila_edge.architecture import MM_PROJECTOR
 from vila_edge.errors import CheckpointError, InputError
+from vila_edge.export.awq_formats import Packing
 from vila_edge.export.fields import Fields
+from vila_edge.export.packed_layout import (
+    QUANTIZATION_CONFIG,
+    activation_scales,
+    find_packed_file,
+    packing_of_config,
+    packing_of_file,
+)
 from vila_edge.export.torch_file import TorchFile
 from vila_edge.tensorfile import TensorFile
 
@@ -38,6 +46,8 @@ class Files:
     tokenizer: Path
     preprocessor: Path
     tensors: dict[str, StoredParameter]  # by the architecture's names, and what else is stored
+    packing: Packing | None = None  # of the linears in 4 bits, if there are any
+    warnings: tuple[str, ...] = ()  # of files that are not read
 
     @property
     def paths(self) -> list[Path]:
@@ -82,26 +92,30 @@ def _three_folders(path: Path, root: dict[str, Any], vision_tower: Path | None) 
     for part, folder in folders.items():
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder, expected the {part} of the checkpoint")
+    configs = {"": Fields(root, str(path / "config.json"))}
+    configs |= {part: _fields(folder / "config.json") for part, folder in folders.items()}
+    source = configs["llm"] if QUANTIZATION_CONFIG in configs["llm"].data else configs[""]
+    packed_file, packing, warnings = _packing((folders["llm"], path), source)
     tensors: dict[str, StoredParameter] = {}
     whole = list(_tensor_files(path)) if not any(_has_weights(folder) for folder in folders.values()) else []
     for stored in whole:  # a preview that was saved as one model names the parts itself
         tensors[_tower_name(stored.name) if stored.name.startswith("vision_tower.") else stored.name] = stored
     if not whole:
         for part, folder in folders.items():
-            for stored in _tensor_files(folder):
+            for stored in _tensor_files(folder, packed_file if part == "llm" else None):
                 tensors[f"{part}.{stored.name}"] = stored
-    configs = {"": Fields(root, str(path / "config.json"))}
-    configs |= {part: _fields(folder / "config.json") for part, folder in folders.items()}
+    configs["llm"].ignore(QUANTIZATION_CONFIG)
     preprocessor = folders["vision_tower"] / "preprocessor_config.json"
-    return Files(path, False, configs, path / "llm", preprocessor, tensors)
+    return Files(path, False, configs, path / "llm", preprocessor, tensors, packing, warnings)
 
 
 def _single_folder(path: Path, root: dict[str, Any], vision_tower: Path | None) -> Files:
     tower = vision_tower or _find_tower(path, root["mm_vision_tower"])
     if not tower.is_dir():
         raise CheckpointError(f"{tower}: no such folder, expected a vision tower")
+    packed_file, packing, warnings = _packing((path,), Fields(root, str(path / "config.json")))
     tensors = {}
-    for stored in _tensor_files(path):
+    for stored in _tensor_files(path, packed_file):
         if stored.name.startswith("model.mm_projector."):
             tensors[f"{MM_PROJECTOR}.{stored.name.removeprefix('model.mm_projector.')}"] = stored
         elif not stored.name.startswith("model.vision_tower."):  # the original reads the tower's own folder instead
@@ -122,7 +136,7 @@ def _single_folder(path: Path, root: dict[str, Any], vision_tower: Path | None) 
         ),
         "vision_tower": tower_config,
     }
-    return Files(path, True, configs, path, tower / "preprocessor_config.json", tensors)
+    return Files(path, True, configs, path, tower / "preprocessor_config.json", tensors, packing, warnings)
 
 
 # Keys of a v1.0 config.json that are not the LLaMA's; the prefixes are of how it was trained, and of the other parts.
@@ -132,6 +146,7 @@ _VILA_KEYS = (
     "image_grid_pinpoints",
     "model_type",
     "mm_projector_type",
+    QUANTIZATION_CONFIG,
     "use_mm_proj",
     "vision_resolution",
 )
@@ -172,8 +187,32 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for form in _FORMS for name in form[:2])
 
 
-def _tensor_files(folder: Path) -> Iterator[StoredParameter]:
-    """Every tensor of a folder."""
+def _packing(folders: tuple[Path, ...], config: Fields) -> tuple[Path | None, Packing | None, tuple[str, ...]]:
+    """The .pt to read in place of the LLM's own files, how its linears are packed, and warnings.
+
+    folders: the LLM's and others in which the .pt may lie. config: the one that may have a quantization_config. The
+    releases of llm-awq keep the index of weights that they do not have, so it counts only if one of its files is there.
+    """
+    warnings = activation_scales(folders)
+    file, stated = find_packed_file(folders), config.data.get(QUANTIZATION_CONFIG)
+    if file is not None and not _has_any_shard(folders[0]):
+        return file, packing_of_file(file, stated, config.source), tuple(warnings)
+    if file is not None:
+        warnings.append(f"{file}: not read: {folders[0]} has other weights, and they are")
+    return None, None if stated is None else packing_of_config(stated, config.source), tuple(warnings)
+
+
+def _has_any_shard(folder: Path) -> bool:
+    indices = [folder / index for index, _, _ in _FORMS if (folder / index).is_file()]
+    names = [name for index in indices for name in _shards(index)] + [alone for _, alone, _ in _FORMS]
+    return any((folder / name).is_file() for name in names)
+
+
+def _tensor_files(folder: Path, instead: Path | None = None) -> Iterator[StoredParameter]:
+    """Every tensor of a folder, or of the one .pt that is read `instead`."""
+    if instead is not None:
+        yield from _tensors_of(instead, TorchFile)
+        return
     for index_name, alone, reader in _FORMS:
         if (folder / index_name).is_file():
             names = _shards(folder / index_name)
@@ -189,13 +228,17 @@ def _tensor_files(folder: Path) -> Iterator[StoredParameter]:
                     + (f", which {index_name} names" if (folder / index_name).is_file() else ""),
                     "download or copy the whole checkpoint again",
                 )
-            try:
-                file = reader(path)
-            except InputError as error:
-                raise CheckpointError(error.message, error.hint or "download or copy the file again") from None
-            yield from (StoredParameter(file, tensor) for tensor in file.entries)
+            yield from _tensors_of(path, reader)
         return
     raise CheckpointError(f"{folder / 'model.safetensors'}: missing from the checkpoint")
+
+
+def _tensors_of(path: Path, reader: type[TensorFile]) -> Iterator[StoredParameter]:
+    try:
+        file = reader(path)
+    except InputError as error:
+        raise CheckpointError(error.message, error.hint or "download or copy the file again") from None
+    yield from (StoredParameter(file, tensor) for tensor in file.entries)
 
 
 def _shards(index: Path) -> list[str]:
