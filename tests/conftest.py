@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from tests.tiny import TINY, random_parameters
-from vila_edge.export.run import Recipe, export_bundle
+from vila_edge.export.recipe import Recipe
+from vila_edge.export.run import export_bundle
 from vila_edge.micro.tokens import TOKENIZER_CONFIG, make_tokenizer
 from vila_edge.pipeline import Pipeline, load
 from vila_edge.tokenizer import Tokenizer

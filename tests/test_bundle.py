@@ -17,6 +17,8 @@ from vila_edge.errors import BundleError
 FILES = [
     "tokenizer.json",
     "weights/embed_tokens.safetensors",
+    "weights/llm.layers.000.safetensors",
+    "weights/llm.layers.001.safetensors",
     "weights/llm.safetensors",
     "weights/mm_projector.safetensors",
     "weights/vision_tower.safetensors",
@@ -117,7 +119,7 @@ def test_names_that_leave_the_bundle_are_refused(name: str, bundle_copy: Path) -
     ("changes", "message"),
     [
         ({"format": "something"}, "'format' is 'something'"),
-        ({"format_version": 1}, "'format_version' is 1, this version reads 2"),
+        ({"format_version": 1}, "'format_version' is 1, this version reads 3"),
         ({"files": []}, "expected dict"),
         ({"files": {"tokenizer.json": {"size": 1}}}, "'sha256' is missing"),
         ({"config": {}}, "is missing"),

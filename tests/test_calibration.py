@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.tiny import TINY, random_parameters
 from vila_edge.errors import InputError, PromptError
-from vila_edge.export.calibration import batches, built_in, inputs_embeds, read_samples, write_samples
+from vila_edge.export import calibration
+from vila_edge.export.built_in_samples import built_in
+from vila_edge.export.calibration import choose, embed, read_samples, write_samples
+from vila_edge.reference.torch_engine import numpy_parameters_engine
 from vila_edge.tokenizer import Tokenizer
 
 
@@ -24,11 +26,44 @@ def test_the_built_in_samples_have_text_and_images(tokenizer: Tokenizer) -> None
     kinds = [len(sample.images) for sample in samples.search]
     assert {0, 1, 2} <= set(kinds)
     assert {len(sample.images) for sample in samples.held_out} >= {1, 2}
-    params = {name: torch.from_numpy(value) for name, value in random_parameters(TINY).items()}
-    sequences = inputs_embeds(samples.search, TINY, tokenizer, params)
-    assert all(s.shape[0] == 1 and 1 < s.shape[1] <= TINY.llm.context_length and s.shape[2] == 64 for s in sequences)
-    joined = batches(sequences)
-    assert sum(b.shape[0] * b.shape[1] for b in joined) == sum(s.shape[1] for s in sequences) >= 512
+    engine = numpy_parameters_engine(TINY, random_parameters(TINY))
+    sequences = [embed(sample, TINY, tokenizer, engine) for sample in samples.search]
+    assert all(1 < len(x) <= TINY.llm.context_length and x.shape[1] == 64 for x in sequences)
+    assert sum(map(len, sequences)) >= 512
+    assert [sample.positions(tokenizer, TINY) for sample in samples.search] == [len(x) for x in sequences]
+
+
+def test_of_a_long_sample_the_end_is_taken(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = numpy_parameters_engine(TINY, random_parameters(TINY))
+    (sample, *_) = built_in().search
+    whole = embed(sample, TINY, tokenizer, engine)
+    monkeypatch.setattr(calibration, "SAMPLE_TOKENS", 20)
+    np.testing.assert_array_equal(embed(sample, TINY, tokenizer, engine), whole[-20:])
+    assert sample.positions(tokenizer, TINY) == 20
+
+
+def test_as_many_samples_are_chosen_as_there_is_room_for(tokenizer: Tokenizer) -> None:
+    samples = built_in().search
+    assert choose(samples, TINY, tokenizer, 10_000) == list(samples)
+    some = choose(samples, TINY, tokenizer, 600)
+    assert 300 < sum(sample.positions(tokenizer, TINY) for sample in some) <= 600
+    assert {bool(sample.images) for sample in some} == {True, False}  # a mixture
+    assert some == [sample for sample in samples if sample in some]  # in order
+    assert len(choose(samples, TINY, tokenizer, 1)) == 1
+
+
+def test_a_changed_image_is_another_calibration(tmp_path: Path) -> None:
+    write_samples(tmp_path, [(f"<image>\nWhat is {i}?", f"{i}", [picture(i)]) for i in range(8)])
+    before = read_samples(tmp_path)
+    picture(99).save(tmp_path / "0003_0.png")
+    assert read_samples(tmp_path).sha256 != before.sha256
+
+
+def test_a_missing_image_is_named_before_anything_is_computed(tmp_path: Path) -> None:
+    write_samples(tmp_path, [(f"<image>\nWhat is {i}?", f"{i}", [picture(i)]) for i in range(8)])
+    (tmp_path / "0003_0.png").unlink()
+    with pytest.raises(InputError, match="0003_0.png"):
+        read_samples(tmp_path)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.families import FAMILIES, config_of, shrink, write_checkpoint
-from vila_edge.export.run import Recipe, export_bundle
+from vila_edge.export.recipe import Recipe
+from vila_edge.export.run import export_bundle
 from vila_edge.media.image import load_image
 from vila_edge.media.video import Video
 from vila_edge.parameters import component, parameter_shapes

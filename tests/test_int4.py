@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vila_edge import int4
-from vila_edge.export.awq import fake_quantise
+from vila_edge.export.grid import Grid
+from vila_edge.export.workers import workers
 
 RNG = np.random.default_rng(4)
 
@@ -49,10 +50,24 @@ def test_a_group_of_equal_weights_is_not_a_division_by_zero() -> None:
     assert np.isfinite(int4.quantize(np.full((2, 32), 0.25), 32).dequantize()).all()
 
 
-def test_torch_searches_with_what_numpy_stores() -> None:
-    weight = RNG.standard_normal((32, 96)).astype(np.float32) ** 3
-    got = fake_quantise(torch.from_numpy(weight), 32).numpy()
-    np.testing.assert_array_equal(got, int4.quantize(weight, 32).dequantize())
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_torch_searches_with_what_numpy_stores(symmetric: bool) -> None:
+    weight = RNG.standard_normal((150, 96)).astype(np.float32) ** 3
+    want, grid = int4.quantize(weight, 32, symmetric), Grid(32, symmetric)
+    np.testing.assert_array_equal(grid.round(torch.from_numpy(weight)).numpy(), want.dequantize())
+    with workers(2) as pool:
+        got = grid.quantize(torch.from_numpy(weight), pool)
+    np.testing.assert_array_equal(got.dequantize(), want.dequantize())
+
+
+def test_a_symmetric_weight_stores_no_zero_points() -> None:
+    """Known integers: the largest magnitude is 7 steps from zero, which is 8."""
+    weight = int4.quantize(np.array([[-1.4, 0.0, 0.2, 0.6] * 4]), 16, symmetric=True)
+    assert weight.scales.tolist() == [[np.float16(0.2)]]
+    assert weight.q[0, :4].tolist() == [1, 8, 9, 11]
+    tensors = int4.to_tensors("linear", weight, symmetric=True)
+    assert set(tensors) == {"linear.qweight", "linear.scales"}
+    np.testing.assert_array_equal(int4.from_tensors("linear", tensors).dequantize(), weight.dequantize())
 
 
 def test_a_row_that_is_no_whole_number_of_groups_is_refused() -> None:

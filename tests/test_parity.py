@@ -20,7 +20,8 @@ from vila_edge import preprocess, templates
 from vila_edge.config import TokenOrder, VisionConfig
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.parity import PIXEL_TOLERANCE, STAGES, TOLERANCE, PromptParity, measure
-from vila_edge.export.run import Recipe, export_bundle
+from vila_edge.export.recipe import Recipe
+from vila_edge.export.run import export_bundle
 from vila_edge.reference.engine import numpy_engine
 from vila_edge.reference.numpy_ops import Array, NumpyOps
 

@@ -24,11 +24,12 @@ from vila_edge.errors import BundleError, ConfigError, InputError
 from vila_edge.plain import from_plain
 
 FORMAT = "vila-edge bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights"
 GRAPHS = "graphs"
+EMBED_TOKENS_FILE = f"{WEIGHTS}/embed_tokens.safetensors"  # looked up outside of the graphs
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 _EXPORT_AGAIN = "export the checkpoint again with this version of vila-edge"

@@ -10,7 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vila_edge.errors import InputError, UsageError, VilaEdgeError
 
@@ -26,17 +26,31 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise _cannot_write(path, error) from None
 
 
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file beside `path` and put it in its place: readers see the old one or the new one."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill, beside `path`; it takes that place when the block ends well, whole and on the disk.
+
+    Readers see the old one or the new one. Raises VilaEdgeError if it cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        write_bytes(beside, data)
+        with beside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         beside.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside `path` and put it in its place: readers see the old one or the new one."""
+    with new_file(path) as file:
+        file.write(data)
 
 
 def json_bytes(value: Any) -> bytes:
@@ -60,8 +74,8 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield staging
         for folder, _, _ in os.walk(staging):
-            _sync_folder(Path(folder))
-        _move_into_place(staging, target)
+            sync_folder(Path(folder))
+        place_folder(staging, target)
     except OSError as error:
         raise _cannot_write(target, error) from None
     finally:
@@ -141,7 +155,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _move_into_place(staging: Path, target: Path) -> None:
+def place_folder(staging: Path, target: Path) -> None:
+    """Rename a finished folder; one that is at `target` goes when the new one is there. Raises OSError."""
     retired = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         if os.path.lexists(target):
@@ -151,14 +166,15 @@ def _move_into_place(staging: Path, target: Path) -> None:
         if os.path.lexists(retired) and not os.path.lexists(target):
             retired.rename(target)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     if retired.is_dir() and not retired.is_symlink():
         shutil.rmtree(retired)
     else:
         retired.unlink(missing_ok=True)
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Wait until what was named in a folder is on the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

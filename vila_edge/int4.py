@@ -4,7 +4,7 @@ A weight [N, K] becomes integers q in 0..15 with one `scale` and one `zero` per 
 `group_size` inputs, and `w = scale * (q - zero)`. Stored as
     qweight [N, K/2] uint8     two integers a byte, the even input in the low nibble
     scales  [N, K/G] float16
-    qzeros  [N, ceil(K/G/2)] uint8, packed like qweight
+    qzeros  [N, ceil(K/G/2)] uint8, packed like qweight; symmetric weights have none, every zero is 8
 which is also how onnxruntime's `MatMulNBits` reads its constants.
 """
 
@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vila_edge.tensorfile import Spec
+
 MAX_INT = 15  # of an unsigned integer of 4 bits
+MIDDLE = 8  # the zero point of a symmetric weight
 MIN_SCALE = 1e-5  # spec section 5, AWQ recipe
 
 
@@ -36,8 +39,8 @@ class Int4:
         return (q * self.scales.astype(np.float32)[..., None]).reshape(rows, -1)
 
 
-def quantize(weight: NDArray[Any], group_size: int) -> Int4:
-    """Round to nearest between each group's smallest and largest value: asymmetric minmax.
+def quantize(weight: NDArray[Any], group_size: int, symmetric: bool = False) -> Int4:
+    """Round to nearest: between each group's smallest and largest value, or, if symmetric, around 0.
 
     `weight` [N, K] float. Integers are chosen for the scale as it is stored, in 16 bits. Raises ValueError
     if K is not a multiple of `group_size`.
@@ -47,9 +50,10 @@ def quantize(weight: NDArray[Any], group_size: int) -> Int4:
         raise ValueError(f"a row of {columns} inputs has no whole number of groups of {group_size}")
     groups = weight.astype(np.float32).reshape(rows, columns // group_size, group_size)
     low, high = groups.min(-1), groups.max(-1)
-    scales = (np.maximum(high - low, MIN_SCALE) / MAX_INT).astype(np.float16)
+    span = np.maximum(-low, high) / (MIDDLE - 1) if symmetric else (high - low) / MAX_INT
+    scales = np.maximum(span, MIN_SCALE / MAX_INT).astype(np.float16)
     exact = scales.astype(np.float32)
-    zeros = np.clip(np.round(-low / exact), 0, MAX_INT)
+    zeros = np.full_like(low, MIDDLE) if symmetric else np.clip(np.round(-low / exact), 0, MAX_INT)
     q = np.clip(np.round(groups / exact[..., None]) + zeros[..., None], 0, MAX_INT)
     return Int4(q.astype(np.uint8).reshape(rows, columns), scales, zeros.astype(np.uint8))
 
@@ -68,17 +72,28 @@ def unpack(packed: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     return values.reshape(len(packed), -1)[:, :columns]
 
 
-def part_names(name: str) -> tuple[str, str, str]:
+def part_names(name: str, symmetric: bool = False) -> tuple[str, ...]:
     """The tensors that a bundle stores in place of `{name}.weight`."""
-    return f"{name}.qweight", f"{name}.scales", f"{name}.qzeros"
+    return tuple(f"{name}.{part}" for part in ("qweight", "scales", "qzeros")[: 2 if symmetric else 3])
 
 
-def to_tensors(name: str, weight: Int4) -> dict[str, NDArray[Any]]:
+def part_specs(name: str, shape: tuple[int, int], group_size: int, symmetric: bool) -> dict[str, Spec]:
+    """Type and shape of each of those tensors, for a weight of `shape` [N, K]."""
+    rows, columns = shape
+    groups = columns // group_size
+    specs = (("U8", (rows, columns // 2)), ("F16", (rows, groups)), ("U8", (rows, -(-groups // 2))))
+    return dict(zip(part_names(name, symmetric), specs, strict=False))
+
+
+def to_tensors(name: str, weight: Int4, symmetric: bool = False) -> dict[str, NDArray[Any]]:
     """What a bundle stores for the linear `name`."""
-    return dict(zip(part_names(name), (pack(weight.q), weight.scales, pack(weight.zeros)), strict=True))
+    parts = (pack(weight.q), weight.scales, pack(weight.zeros))
+    return dict(zip(part_names(name, symmetric), parts, strict=False))
 
 
 def from_tensors(name: str, tensors: Mapping[str, NDArray[Any]]) -> Int4:
-    """The inverse of `to_tensors`."""
-    qweight, scales, qzeros = (tensors[part] for part in part_names(name))
-    return Int4(unpack(qweight, 2 * qweight.shape[1]), scales, unpack(qzeros, scales.shape[1]))
+    """The inverse of `to_tensors`; without qzeros every zero is 8."""
+    qweight, scales = (tensors[part] for part in part_names(name, symmetric=True))
+    qzeros = tensors.get(f"{name}.qzeros")
+    zeros = np.full(scales.shape, MIDDLE, np.uint8) if qzeros is None else unpack(qzeros, scales.shape[1])
+    return Int4(unpack(qweight, 2 * qweight.shape[1]), scales, zeros)

@@ -14,13 +14,22 @@ Shape = tuple[int, ...]
 
 def parameter_shapes(cfg: VilaConfig) -> dict[str, Shape]:
     """Name -> shape of every parameter that the architecture reads, in the order it reads them."""
+    return _run(cfg).shapes
+
+
+def linears(cfg: VilaConfig) -> set[str]:
+    """Names, without `.weight`, of the parameters that are read as a linear's."""
+    return _run(cfg).linears
+
+
+def _run(cfg: VilaConfig) -> ShapeOps:
     ops = ShapeOps()
     size = cfg.vision_tower.image_size
     _, patches, _ = architecture.vision_tower(ops, (1, 3, size, size), cfg.vision_tower)
     architecture.mm_projector(ops, (1, patches, cfg.mm_hidden_size), cfg)
     inputs_embeds = architecture.embed_tokens(ops, (1, 1), cfg.llm)
     architecture.lm_head(ops, architecture.decoder(ops, inputs_embeds, cfg.llm), cfg.llm)
-    return ops.shapes
+    return ops
 
 
 def component(name: str) -> str:
@@ -42,8 +51,10 @@ class ShapeOps:
 
     def __init__(self) -> None:
         self.shapes: dict[str, Shape] = {}
+        self.linears: set[str] = set()
 
     def linear(self, x: Shape, name: str, out: int, bias: bool = True) -> Shape:
+        self.linears.add(name)
         self._parameter(f"{name}.weight", (out, x[-1]))
         if bias:
             self._parameter(f"{name}.bias", (out,))

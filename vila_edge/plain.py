@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from vila_edge.errors import ConfigError
@@ -55,5 +56,7 @@ def _value(hint: Any, value: object, source: str) -> Any:
         return float(typing.cast(float, value))
     if hint in (int, str, bool) and type(value) is hint:
         return value
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
     expected = getattr(hint, "__name__", None) if not origin else str(hint).replace("typing.", "")
     raise ConfigError(f"{source}: expected {expected}, found {value!r}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from vila_edge import fsio
 from vila_edge.errors import InputError
@@ -26,6 +28,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
 }
+ALIGNMENT = 64  # bytes: what vector units and page mappings like
+
+Spec = tuple[str, tuple[int, ...]]  # type and shape of a tensor that is to be stored
+
+
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -70,14 +78,48 @@ class TensorFile:
             return np.zeros(entry.shape, dtype)
         return np.memmap(self.path, dtype, "r", entry.offset, entry.shape)
 
-    def float32(self, name: str) -> NDArray[np.float32]:
-        """A tensor of floats, read and widened to float32."""
+    def float32(self, name: str, rows: slice | NDArray[np.int64] = _ALL) -> NDArray[np.float32]:
+        """A tensor of floats, or those of its rows, read and widened to float32."""
         stored = self.array(name)
+        stored = stored[rows] if stored.ndim else stored
         if self.entries[name].dtype == "BF16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)
 
 
-def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
-    """A new safetensors file. The same tensors give the same bytes."""
-    fsio.write_bytes(path, save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}))
+def layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, TensorEntry]]:
+    """The head of a safetensors file of these tensors, and where each of them will lie in it.
+
+    Wide types come first, then names in order; the data begins at a multiple of `ALIGNMENT` bytes.
+    """
+    header, entries, position = dict[str, Any](), dict[str, TensorEntry](), 0
+    for name in sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name)):
+        dtype, shape = specs[name]
+        length = math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + length]}
+        entries[name] = TensorEntry(dtype, shape, position, length)
+        position += length
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    start = 8 + len(text)
+    moved = {name: dataclasses.replace(entry, offset=start + entry.offset) for name, entry in entries.items()}
+    return len(text).to_bytes(8, "little") + text, moved
+
+
+def write_stream(path: Path, specs: Mapping[str, Spec], read: Callable[[str], Iterable[NDArray[Any]]]) -> None:
+    """A safetensors file, tensor by tensor: `read(name)` gives each in pieces. The same tensors give the same bytes."""
+    head, entries = layout(specs)
+    with fsio.new_file(path) as file:
+        file.write(head)
+        for name, entry in entries.items():
+            for piece in read(name):
+                assert piece.dtype == DTYPES[entry.dtype], (name, piece.dtype, entry.dtype)
+                file.write(np.ascontiguousarray(piece).data)
+            assert file.tell() == entry.offset + entry.length, (name, file.tell(), entry)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """A safetensors file of arrays. The same tensors give the same bytes."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    specs = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
+    write_stream(path, specs, lambda name: [tensors[name]])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vila_edge import scales
 from vila_edge.config import VilaConfig
-from vila_edge.engine.protocol import Engine
+from vila_edge.engine.protocol import Embedder, Encoder
 from vila_edge.errors import PromptError
 from vila_edge.media.image import RgbImage
 from vila_edge.media.video import Video
@@ -109,7 +109,7 @@ def _pooled_length(frames: int, pool: tuple[int, int, int], cfg: VilaConfig, end
     return frames // t * ((grid // h) * (grid // w) + end_length)
 
 
-def look(visual: Visual, engine: Engine, cfg: VilaConfig, timings: Timings | None = None) -> Looked:
+def look(visual: Visual, engine: Encoder, cfg: VilaConfig, timings: Timings | None = None) -> Looked:
     """A visual through preprocessing, tower and projector."""
     timings = timings or Timings()
     with timings.measure("preprocess_ms"):
@@ -145,7 +145,7 @@ def slot_embeds(visual: Visual, image_embeds: FloatArray, cfg: VilaConfig, image
     return list(ended(image_embeds))
 
 
-def splice(chunks: Sequence[Chunk], slots: Sequence[FloatArray], engine: Engine) -> FloatArray:
+def splice(chunks: Sequence[Chunk], slots: Sequence[FloatArray], engine: Embedder) -> FloatArray:
     """The whole sequence [S, D]: embeddings of the text, and what was seen in the slots."""
     return np.concatenate(
         [slots[chunk.index] if isinstance(chunk, ImageSlot) else engine.embed_tokens(chunk.ids) for chunk in chunks]

@@ -12,13 +12,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from vila_edge import architecture, bindings, fsio
-from vila_edge.bundle import GRAPHS, WEIGHTS, Bundle
+from vila_edge.bundle import EMBED_TOKENS_FILE, GRAPHS, WEIGHTS, Bundle
 from vila_edge.engine.onnx_file import check_external_data
 from vila_edge.errors import BackendError, ContextError
+from vila_edge.stored import StoredParameters
 from vila_edge.tensorfile import TensorFile
 
 DIALECT = "onnxruntime"
-EMBED_TOKENS_FILE = f"{WEIGHTS}/embed_tokens.safetensors"
 GRAPH_SIZE_LIMIT = 64 << 20  # a graph is thin: its weights lie elsewhere
 
 FloatArray = NDArray[np.float32]
@@ -49,7 +49,7 @@ class OnnxruntimeEngine:
         self._vision_tower = _session(bundle, "vision_tower", self.threads)
         self._mm_projector = _session(bundle, "mm_projector", self.threads)
         self._decoder = _session(bundle, "decoder", self.threads)
-        self._embed_tokens = TensorFile(bundle.file(EMBED_TOKENS_FILE)).array(f"{architecture.EMBED_TOKENS}.weight")
+        self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE))])
 
     @property
     def backend(self) -> str:
@@ -64,8 +64,8 @@ class OnnxruntimeEngine:
         return found
 
     def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
-        found: FloatArray = self._embed_tokens[np.asarray(input_ids, np.int64)].astype(np.float32)
-        return found
+        table = (self.cfg.llm.vocab_size, self.cfg.llm.hidden_size)
+        return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, np.asarray(input_ids, np.int64))
 
     def new_cache(self, capacity: int) -> OnnxruntimeCache:
         return OnnxruntimeCache(bindings.kv_cache(self.cfg), capacity)
@@ -100,19 +100,27 @@ def usable_cores() -> int:
 
 
 def _session(bundle: Bundle, graph: str, threads: int) -> Any:
-    """One graph, from bytes: onnxruntime is told the folder of the weights and opens no other path."""
+    """One graph of a bundle, after a look at what it would read."""
     path = bundle.file(f"{GRAPHS}/{DIALECT}/{graph}.onnx")
     data = fsio.read_bytes(path, GRAPH_SIZE_LIMIT)
     weights = (bundle.path / WEIGHTS).resolve()
     check_external_data(data, weights, path)
+    return session(data, weights, path, threads)
+
+
+def session(graph: bytes, weights: Path, source: Path, threads: int) -> Any:
+    """A serialised graph, loaded: onnxruntime is told the folder of the weights and opens no other path.
+
+    Raises BackendError that names `source` if it does not load.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     try:
-        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base but this
         reason = str(error).replace(str(Path.cwd()), ".").strip().splitlines()[0]
         raise BackendError(
-            f"onnxruntime {ort.__version__} cannot load {path}: {reason}", "vila-edge needs onnxruntime 1.23 or newer"
+            f"onnxruntime {ort.__version__} cannot load {source}: {reason}", "vila-edge needs onnxruntime 1.23 or newer"
         ) from None

@@ -29,13 +29,16 @@ class KVCache(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """Runs one model. Arrays are float32 numpy arrays; one sequence at a time."""
+class Embedder(Protocol):
+    """The part of an engine that looks tokens up."""
 
-    @property
-    def backend(self) -> str:
-        """What runs, for people: name, version, device and threads."""
+    def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
+        """input_ids [S] to inputs_embeds [S, D]."""
         ...
+
+
+class Encoder(Embedder, Protocol):
+    """The part of an engine that turns images and tokens into positions of a sequence. Arrays are float32."""
 
     def encode_images(self, pixel_values: FloatArray) -> FloatArray:
         """pixel_values [N, 3, H, W] to image_features [N, P, D_vision]."""
@@ -45,8 +48,13 @@ class Engine(Protocol):
         """image_features [N, P, D_vision] to image_embeds [N, T, D]."""
         ...
 
-    def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
-        """input_ids [S] to inputs_embeds [S, D]."""
+
+class Engine(Encoder, Protocol):
+    """Runs one model; one sequence at a time."""
+
+    @property
+    def backend(self) -> str:
+        """What runs, for people: name, version, device and threads."""
         ...
 
     def new_cache(self, capacity: int) -> Any:

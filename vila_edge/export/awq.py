@@ -8,9 +8,8 @@ helps. One decoder block at a time, on calibration activations of the unquantise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,85 +19,98 @@ from torch import Tensor
 
 from vila_edge import architecture, int4
 from vila_edge.config import LlmConfig
+from vila_edge.export.grid import CHUNK_ROWS, Grid
+from vila_edge.export.workers import Workers
 from vila_edge.reference.torch_ops import TorchOps
 
 # The published search (spec section 5, AWQ recipe).
 RATIOS = [step / 20 for step in range(20)]
 MIN_CHANNEL_SCALE = 1e-4
 CLIP_STEPS = [1 - step / 20 for step in range(10)]
-CLIP_TOKENS = 512
-CLIP_ROWS = 64  # rows of a weight that are clipped at a time: bounds memory
 
 Params = Mapping[str, Tensor]
-Batches = Sequence[Tensor]
+States = NDArray[np.float32]  # one sequence of hidden states [S, D]
 
 
 @dataclass(frozen=True)
 class QuantisedBlock:
-    """A decoder block after AWQ: its norms, rescaled, and its linears in integers."""
+    """A decoder block after AWQ: its norms and biases, rescaled, and its linears in integers."""
 
     floats: dict[str, NDArray[np.float32]]
     linears: dict[str, int4.Int4]
 
 
 @dataclass(frozen=True)
-class _ScaleGroup:
-    """Linears that share their input, what produces that input, and what the search compares."""
+class ScaleGroup:
+    """Linears that share their input, what produces that input, and the part of the block that is compared."""
 
     linears: tuple[str, ...]
     producer: str  # a norm's weight [D], or a linear's weight [D, *] whose rows are divided
-    run: Callable[[Params, Tensor], Tensor]  # input of the linears -> output of the part
+    run: Callable[[Params, Tensor], Tensor]  # input of the linears [S, K] -> output of the part [S, D]
 
 
-def quantise_blocks(
-    params: Params, hidden_states: Batches, cfg: LlmConfig, group_size: int
-) -> Iterator[QuantisedBlock]:
-    """Each decoder block in turn. `hidden_states` [B, S, D] are what the first block sees.
+@dataclass(frozen=True)
+class Activations:
+    """What a block was seen to compute on the calibration set, one array [S, *] for each sequence."""
 
-    Raises ValueError if a linear's inputs are no whole number of groups.
+    inputs: dict[str, list[Tensor]]  # linear -> what it was given; those of one input share the tensors
+    states: list[States]  # what the block gave to the next
+
+
+def quantise_block(
+    block: Params, states: Sequence[States], layer: int, cfg: LlmConfig, grid: Grid, pool: Workers
+) -> tuple[QuantisedBlock, list[States]]:
+    """A decoder block after AWQ, and the unquantised block's outputs.
+
+    block: its parameters in float32, on the device to compute on. states: the calibration set as the block sees
+    it, sequences [S, D]. Raises ValueError if a linear's inputs are no whole number of groups.
     """
-    for layer in range(cfg.num_hidden_layers):
-        yield _quantise_block(params, hidden_states, layer, cfg, group_size)
-        hidden_states = [architecture.decoder_layer(TorchOps(params), x, layer, cfg) for x in hidden_states]
-
-
-def fake_quantise(weight: Tensor, group_size: int) -> Tensor:
-    """The weight [N, K] that `int4.quantize` would store, in torch and differentiable in nothing."""
-    groups = weight.unflatten(-1, (-1, group_size))
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scales = ((high - low).clamp(min=int4.MIN_SCALE) / int4.MAX_INT).half().float()
-    zeros = (-low / scales).round().clamp(0, int4.MAX_INT)
-    q = ((groups / scales).round() + zeros).clamp(0, int4.MAX_INT)
-    return ((q - zeros) * scales).flatten(-2)
-
-
-def _quantise_block(
-    params: Params, hidden_states: Batches, layer: int, cfg: LlmConfig, group_size: int
-) -> QuantisedBlock:
-    prefix = f"{architecture.LLM}.layers.{layer}."
-    block = {name: value for name, value in params.items() if name.startswith(prefix)}
-    inputs = _record(block, hidden_states, layer, cfg)
-    scales = {group: _search_scales(group, block, inputs, group_size) for group in _scale_groups(layer, cfg)}
-    for group, scale in scales.items():
-        _apply_scales(group, scale, block)
-        for name in group.linears:
-            inputs[name] = [x / scale for x in inputs[name]]
-    linears = [name.removesuffix(".weight") for name in block if name.endswith("_proj.weight")]
-    for name in linears:
+    seen = observe(block, states, layer, cfg, pool)
+    scaled = dict(block)
+    for group in scale_groups(layer, cfg):
+        x = seen.inputs[group.linears[0]]
+        scale = search_scales(group, block, x, grid, pool)
+        apply_scales(group, scale, scaled)
+        x[:] = pool.map(scale.reciprocal().mul, x)
+    linears: dict[str, int4.Int4] = {}
+    for name in [name.removesuffix(".weight") for name in scaled if name.endswith("_proj.weight")]:
+        weight = scaled.pop(f"{name}.weight")
         if not name.endswith(("q_proj", "k_proj")):
-            block[f"{name}.weight"] = _clip(block[f"{name}.weight"], inputs[name], group_size)
-    return QuantisedBlock(
-        {name: value.numpy() for name, value in block.items() if not name.endswith("_proj.weight")},
-        {name: int4.quantize(block[f"{name}.weight"].numpy(), group_size) for name in linears},
-    )
+            weight = clip(weight, seen.inputs[name], grid, pool)
+        linears[name] = grid.quantize(weight, pool)
+    floats = {name: value.cpu().numpy() for name, value in scaled.items()}
+    return QuantisedBlock(floats, linears), seen.states
 
 
-def _scale_groups(layer: int, cfg: LlmConfig) -> list[_ScaleGroup]:
+def observe(block: Params, states: Sequence[States], layer: int, cfg: LlmConfig, pool: Workers) -> Activations:
+    """Run a block on the calibration set, once, and keep what its linears were given."""
+
+    device = next(iter(block.values())).device
+
+    def run(x: States) -> tuple[dict[str, Tensor], States]:
+        ops = _RecordingOps(block)
+        y = architecture.decoder_layer(ops, torch.from_numpy(np.array(x)).to(device)[None], layer, cfg)
+        return ops.inputs, y[0].cpu().numpy()
+
+    inputs: dict[str, list[Tensor]] = {}
+    states_after: list[States] = []
+    for seen, y in pool.map(run, states):
+        states_after.append(y)
+        for name, x in seen.items():
+            inputs.setdefault(name, []).append(x)
+    for group in scale_groups(layer, cfg):
+        for name in group.linears[1:]:
+            inputs[name] = inputs[group.linears[0]]
+    return Activations(inputs, states_after)
+
+
+def scale_groups(layer: int, cfg: LlmConfig) -> list[ScaleGroup]:
+    """The groups of the paper. Grouped queries: v_proj has fewer outputs than o_proj inputs, so o_proj has no scale."""
     p = f"{architecture.LLM}.layers.{layer}"
     attention, mlp = f"{p}.self_attn", f"{p}.mlp"
 
     def run_attention(params: Params, x: Tensor) -> Tensor:
-        return architecture.self_attention(TorchOps(params), x, layer, cfg)
+        return architecture.self_attention(TorchOps(params), x[None], layer, cfg)[0]
 
     def run_mlp(params: Params, x: Tensor) -> Tensor:
         return architecture.mlp(TorchOps(params), x, layer, cfg)
@@ -107,37 +119,37 @@ def _scale_groups(layer: int, cfg: LlmConfig) -> list[_ScaleGroup]:
         return lambda params, x: F.linear(x, params[f"{name}.weight"])
 
     qkv = tuple(f"{attention}.{part}_proj" for part in "qkv")
-    groups = [_ScaleGroup(qkv, f"{p}.input_layernorm.weight", run_attention)]
-    if cfg.num_key_value_heads == cfg.num_attention_heads:  # grouped values have no scale of their own per output
+    groups = [ScaleGroup(qkv, f"{p}.input_layernorm.weight", run_attention)]
+    if cfg.num_key_value_heads == cfg.num_attention_heads:
         o_proj = f"{attention}.o_proj"
-        groups.append(_ScaleGroup((o_proj,), f"{attention}.v_proj.weight", run_linear(o_proj)))
+        groups.append(ScaleGroup((o_proj,), f"{attention}.v_proj.weight", run_linear(o_proj)))
     gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-    groups.append(_ScaleGroup(gate_up, f"{p}.post_attention_layernorm.weight", run_mlp))
+    groups.append(ScaleGroup(gate_up, f"{p}.post_attention_layernorm.weight", run_mlp))
     down = f"{mlp}.down_proj"
-    groups.append(_ScaleGroup((down,), f"{mlp}.up_proj.weight", run_linear(down)))
+    groups.append(ScaleGroup((down,), f"{mlp}.up_proj.weight", run_linear(down)))
     return groups
 
 
-def _search_scales(group: _ScaleGroup, block: Params, inputs: Mapping[str, Batches], group_size: int) -> Tensor:
+def search_scales(group: ScaleGroup, block: Params, x: Sequence[Tensor], grid: Grid, pool: Workers) -> Tensor:
     """Scales [K] of the shared input: mean |x| to the power that leaves the least squared error."""
-    x = inputs[group.linears[0]]
-    magnitude = torch.cat([batch.flatten(0, -2) for batch in x]).abs().mean(0)
-    want = [group.run(block, batch) for batch in x]
+    tokens = sum(len(sequence) for sequence in x)
+    magnitude = torch.stack(list(pool.map(lambda sequence: sequence.abs().sum(0), x))).sum(0) / tokens
+    want = list(pool.map(lambda sequence: group.run(block, sequence), x))
+    rounded = dict(block) | {f"{name}.weight": torch.empty_like(block[f"{name}.weight"]) for name in group.linears}
     best, best_error = torch.ones_like(magnitude), float("inf")
     for ratio in RATIOS:
         scale = magnitude.pow(ratio).clamp(min=MIN_CHANNEL_SCALE)
         scale = scale / (scale.max() * scale.min()).sqrt()
-        rounded = dict(block)
         for name in group.linears:
-            rounded[f"{name}.weight"] = fake_quantise(block[f"{name}.weight"] * scale, group_size) / scale
-        got = (group.run(rounded, batch) for batch in x)
-        error = sum(float((g - w).square().sum()) for g, w in zip(got, want, strict=True))
+            _round_scaled(block[f"{name}.weight"], scale, grid, rounded[f"{name}.weight"], pool)
+        errors = pool.map(lambda pair: _squared_error(group.run(rounded, pair[0]), pair[1]), zip(x, want, strict=True))
+        error = sum(errors)
         if error < best_error:
             best, best_error = scale, error
     return best
 
 
-def _apply_scales(group: _ScaleGroup, scale: Tensor, block: dict[str, Tensor]) -> None:
+def apply_scales(group: ScaleGroup, scale: Tensor, block: dict[str, Tensor]) -> None:
     """Scale the linears' columns up and their producer's outputs down: the block computes the same."""
     producer = block[group.producer]
     block[group.producer] = producer / (scale if producer.ndim == 1 else scale[:, None])
@@ -148,42 +160,58 @@ def _apply_scales(group: _ScaleGroup, scale: Tensor, block: dict[str, Tensor]) -
         block[f"{name}.weight"] = block[f"{name}.weight"] * scale
 
 
-def _clip(weight: Tensor, inputs: Batches, group_size: int) -> Tensor:
-    """The weight with each group limited to the share of its largest value that leaves the least error."""
-    x = torch.cat([batch.flatten(0, -2) for batch in inputs])
-    x = x[:: max(1, len(x) // CLIP_TOKENS)][:CLIP_TOKENS].unflatten(-1, (-1, group_size))  # [tokens, groups, G]
-    return torch.cat([_clip_rows(rows, x, group_size) for rows in weight.split(CLIP_ROWS)])
+def clip(weight: Tensor, inputs: Sequence[Tensor], grid: Grid, pool: Workers) -> Tensor:
+    """The weight [N, K] with each group limited to the share of its largest value that leaves the least error.
+
+    The squared error of a group's part of the outputs is a quadratic form of the change of its weights, whose
+    matrix is the same for all rows.
+    """
+    covariance = sum(pool.map(lambda x: _group_products(x, grid.group_size), inputs))
+    assert isinstance(covariance, Tensor)
+    return torch.cat(list(pool.map(lambda rows: _clip_rows(rows, covariance, grid), weight.split(CHUNK_ROWS))))
 
 
-def _clip_rows(rows: Tensor, x: Tensor, group_size: int) -> Tensor:
-    groups = rows.unflatten(-1, (-1, group_size))  # [rows, groups, G]
-    want = torch.einsum("tgk,rgk->trg", x, groups)
+def _group_products(x: Tensor, group_size: int) -> Tensor:
+    """x [S, K] to the sums of products of inputs [K / G, G, G] within each group."""
+    groups = x.unflatten(-1, (-1, group_size)).transpose(0, 1)
+    return groups.transpose(1, 2) @ groups
+
+
+def _clip_rows(rows: Tensor, covariance: Tensor, grid: Grid) -> Tensor:
+    groups = rows.unflatten(-1, (-1, grid.group_size))  # [rows, groups, G]
     limit = groups.abs().amax(-1, keepdim=True)
     best, best_error = limit.clone(), torch.full_like(limit[..., 0], float("inf"))
     for step in CLIP_STEPS:
         clipped = groups.clamp(-limit * step, limit * step)
-        rounded = fake_quantise(clipped.flatten(-2), group_size).unflatten(-1, (-1, group_size))
-        error = (torch.einsum("tgk,rgk->trg", x, rounded) - want).square().mean(0)
+        change = (grid.round(clipped.flatten(-2)).unflatten(-1, (-1, grid.group_size)) - groups).transpose(0, 1)
+        error = ((change @ covariance) * change).sum(-1).T
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best = torch.where(better[..., None], limit * step, best)
     return groups.clamp(-best, best).flatten(-2)
 
 
+def _round_scaled(weight: Tensor, scale: Tensor, grid: Grid, out: Tensor, pool: Workers) -> None:
+    """What a weight is after it was scaled, rounded and scaled back, into `out`."""
+
+    def rows(start: int) -> None:
+        chunk = slice(start, start + CHUNK_ROWS)
+        torch.div(grid.round(weight[chunk] * scale), scale, out=out[chunk])
+
+    pool.each(rows, range(0, len(weight), CHUNK_ROWS))
+
+
+def _squared_error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).square_().sum())
+
+
 class _RecordingOps(TorchOps):
     """Remembers what every linear is given."""
 
-    def __init__(self, params: Params, inputs: dict[str, list[Tensor]]) -> None:
+    def __init__(self, params: Params) -> None:
         super().__init__(params)
-        self.inputs = inputs
+        self.inputs: dict[str, Tensor] = {}
 
     def linear(self, x: Tensor, name: str, out: int, bias: bool = True) -> Tensor:
-        self.inputs.setdefault(name, []).append(x)
+        self.inputs[name] = x[0]
         return super().linear(x, name, out, bias)
-
-
-def _record(block: Params, hidden_states: Batches, layer: int, cfg: LlmConfig) -> dict[str, Any]:
-    inputs: dict[str, list[Tensor]] = {}
-    for x in hidden_states:
-        architecture.decoder_layer(_RecordingOps(block, inputs), x, layer, cfg)
-    return inputs

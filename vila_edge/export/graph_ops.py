@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vila_edge.bindings import Binding, GraphBindings
 from vila_edge.config import Heads, RopeConfig, TokenOrder
+from vila_edge.parameters import Shape
 from vila_edge.tensorfile import TensorEntry
 from vila_edge.version import __version__
 
@@ -42,8 +43,11 @@ class GraphOps:
 
     contrib_opsets: tuple[tuple[str, int], ...] = ()
 
-    def __init__(self, weights: Mapping[str, StoredTensor], bindings: GraphBindings) -> None:
-        self.weights, self.bindings = weights, bindings
+    def __init__(
+        self, weights: Mapping[str, StoredTensor], bindings: GraphBindings, shapes: Mapping[str, Shape]
+    ) -> None:
+        """`weights` says where each stored tensor lies, `shapes` what each parameter is."""
+        self.weights, self.bindings, self.shapes = weights, bindings, shapes
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.produced: set[str] = set()

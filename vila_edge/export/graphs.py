@@ -8,16 +8,18 @@ from vila_edge import architecture, bindings
 from vila_edge.config import VilaConfig
 from vila_edge.export.graph_ops import GraphOps, StoredTensor
 from vila_edge.export.onnxruntime_ops import OnnxruntimeOps
+from vila_edge.parameters import parameter_shapes
 
 
 def write_graphs(
     cfg: VilaConfig, weights: Mapping[str, StoredTensor], dialect: type[GraphOps] = OnnxruntimeOps
 ) -> dict[str, bytes]:
     """Name -> serialised graph. `weights` says where each stored tensor lies."""
+    shapes = parameter_shapes(cfg)
     return {
-        "vision_tower": _vision_tower(cfg, dialect(weights, bindings.vision_tower(cfg))),
-        "mm_projector": _mm_projector(cfg, dialect(weights, bindings.mm_projector(cfg))),
-        "decoder": _decoder(cfg, dialect(weights, bindings.decoder(cfg))),
+        "vision_tower": _vision_tower(cfg, dialect(weights, bindings.vision_tower(cfg), shapes)),
+        "mm_projector": _mm_projector(cfg, dialect(weights, bindings.mm_projector(cfg), shapes)),
+        "decoder": _decoder(cfg, dialect(weights, bindings.decoder(cfg), shapes)),
     }
 
 

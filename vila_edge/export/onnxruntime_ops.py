@@ -17,33 +17,35 @@ ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4
 
 
 class OnnxruntimeOps(GraphOps):
-    """Linears whose weight is stored in 4 bits use it as it is; the kv_cache is a buffer updated in place."""
+    """Linears whose weight is stored in 4 or 8 bits use it as it is; the kv_cache is a buffer updated in place."""
 
     contrib_opsets = ((CONTRIB, 1),)
     accuracy_level = ACCURACY_INT8
 
     def linear(self, x: str, name: str, out: int, bias: bool = True) -> str:
-        qweight = self.weights.get(f"{name}.qweight")
-        if qweight is None:
-            return super().linear(x, name, out, bias)
-        rows, half_columns = qweight.entry.shape
+        for bits, qweight in ((4, f"{name}.qweight"), (8, f"{name}.qweight_int8")):
+            if qweight in self.weights:
+                return self._add_bias(self._quantised_product(x, name, qweight, bits), name, bias)
+        return super().linear(x, name, out, bias)
+
+    def _quantised_product(self, x: str, name: str, qweight: str, bits: int) -> str:
+        rows, columns = self.shapes[f"{name}.weight"]
+        row_bytes = self.weights[qweight].entry.shape[1]
         groups = self.weights[f"{name}.scales"].entry.shape[1]
-        columns = 2 * half_columns
-        y = self.node(
+        inputs = [x, self.stored(qweight, (rows, groups, row_bytes // groups)), self.parameter(f"{name}.scales")]
+        if f"{name}.qzeros" in self.weights:  # without them zero lies in the middle
+            inputs.append(self.stored(f"{name}.qzeros"))
+        return self.node(
             "MatMulNBits",
-            x,
-            self.stored(f"{name}.qweight", (rows, groups, half_columns // groups)),
-            self.parameter(f"{name}.scales"),
-            self.stored(f"{name}.qzeros"),
+            *inputs,
             name=name,
             domain=CONTRIB,
             N=rows,
             K=columns,
-            bits=4,
-            block_size=columns // groups,
+            bits=bits,
+            block_size=row_bytes // groups * 8 // bits,
             accuracy_level=self.accuracy_level,
         )
-        return self._add_bias(y, name, bias)
 
     def cached_attention(self, q: str, k: str, v: str, heads: Heads, rope: RopeConfig, layer: int) -> str:
         name = f"attention_{layer}"

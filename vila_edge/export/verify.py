@@ -1,121 +1,187 @@
-"""Parity: what a bundle computes on its engine, against the checkpoint on the torch reference."""
+"""Parity: what a bundle computes on onnxruntime, against its checkpoint on the torch reference.
+
+Both go through the model a layer at a time, so that this takes no more memory for a larger model. The graphs and
+weights are those that ship; each component is given the reference's input, and at the end the LLM's logits on the
+bundle's own activations are compared.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from vila_edge import architecture
+from vila_edge.bundle import EMBED_TOKENS_FILE
 from vila_edge.config import VilaConfig
-from vila_edge.engine.protocol import Engine
-from vila_edge.errors import ParityError
-from vila_edge.export.calibration import Sample, embed
-from vila_edge.reference.torch_engine import torch_engine
-from vila_edge.scales import tower_input
+from vila_edge.export.calibration import Sample, join
+from vila_edge.export.encoder import CheckpointEncoder, WatchingOps
+from vila_edge.export.gate import Difference, Gate, LogitDifference, check_answers, checked, rounded
+from vila_edge.export.head import Head
+from vila_edge.export.slices import SlicedGraph, decoder_inputs, decoder_slices, projector_slice, vision_slices
+from vila_edge.export.source import Source
+from vila_edge.export.states import read_states, write_states
+from vila_edge.export.steps import Relay, Result
+from vila_edge.export.workers import Workers
+from vila_edge.prompt import Chunk
+from vila_edge.scales import merge_features, tower_input
+from vila_edge.stored import StoredParameters
+from vila_edge.tensorfile import TensorFile
 from vila_edge.tokenizer import Tokenizer
-from vila_edge.visual import look
+from vila_edge.visual import Looked, Visual, look
 
-# Mean cosine below which an export is refused. Weights of 16 bits are far above the first, weights of 4 bits
-# above the second; a wrong graph or a wrong packing is far below both.
-MIN_COSINE, MIN_COSINE_INT4 = 0.999, 0.9
-REPORT_DIGITS = 4
+POSITIONS = 64  # of each prompt, whose logits are compared
 
-Array = NDArray[np.float32]
-
-
-def parity_report(
-    samples: Sequence[Sample],
-    cfg: VilaConfig,
-    tokenizer: Tokenizer,
-    params: Mapping[str, Tensor],
-    engine: Engine,
-    llm_min_cosine: float,
-) -> dict[str, Any]:
-    """Differences on held-out `samples`, per component; each component sees the reference's input.
-
-    Raises ParityError that names the component if its output is not finite, or not what it should be.
-    """
-    vision, projector, llm = _Difference(), _Difference(), _LogitDifference()
-    reference = torch_engine(cfg, params)
-    for sample in samples:
-        for visual in sample.read(tokenizer, cfg)[1]:
-            seen = look(visual, reference, cfg)
-            vision.add(seen.tower_features, engine.encode_images(tower_input(seen.pixel_values, cfg)))
-            projector.add(seen.image_embeds, engine.project(seen.image_features))
-        embeds = embed(sample, cfg, tokenizer, reference)
-        positions = range(len(embeds))
-        logits = reference.forward(embeds, reference.new_cache(len(embeds)), positions)
-        llm.add(logits, engine.forward(embeds, engine.new_cache(len(embeds)), positions))
-    report: dict[str, Any] = {"reference": "torch, float32", "backend": engine.backend, "prompts": len(samples)}
-    if vision.count:
-        report["vision_tower"] = vision.report("vision_tower", MIN_COSINE)
-        report["mm_projector"] = projector.report("mm_projector", MIN_COSINE)
-    report["llm"] = llm.report("llm", llm_min_cosine)
-    return report
+FloatArray = NDArray[np.float32]
+Report = dict[str, Any]
+Read = tuple[list[Chunk], list[Visual]]  # a sample
 
 
-class _Difference:
-    """Largest difference and cosine between rows of vectors. A value that is not finite stays in both."""
+class Verification:
+    """A bundle's folder beside its checkpoint."""
 
-    def __init__(self) -> None:
-        self.count, self.max_error, self.min_cosine, self.cosines = 0, 0.0, 1.0, 0.0
+    def __init__(
+        self,
+        folder: Path,
+        cfg: VilaConfig,
+        tokenizer: Tokenizer,
+        source: Source,
+        samples: Sequence[Sample],
+        gate: Gate,
+        int4: bool,
+        pool: Workers,
+    ) -> None:
+        self.folder, self.cfg, self.tokenizer, self.source = folder, cfg, tokenizer, source
+        self.samples, self.gate, self.int4, self.pool = samples, gate, int4, pool
 
-    def add(self, want: Array, got: Array) -> None:
-        a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (want, got))
-        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        self.count += len(a)
-        self.max_error = float(np.maximum(self.max_error, np.abs(a - b).max()))
-        cosines = (a * b).sum(-1) / np.maximum(lengths, 1e-12)
-        self.min_cosine = float(np.minimum(self.min_cosine, cosines.min()))
-        self.cosines += float(cosines.sum())
+    def report(self, relay: Relay, progress: Callable[[int, int], None]) -> Report:
+        """All differences, layer by layer. Raises ParityError that names the component which is out of its limits."""
+        cfg, gate, layers = self.cfg, self.gate, self.cfg.llm.num_hidden_layers
+        steps = layers + 2
+        progress(0, steps)
+        report: Report = {
+            "reference": "torch, float32",
+            "backend": f"onnxruntime {onnxruntime.__version__}, CPU, a layer at a time",
+            "prompts": len(self.samples),
+        }
+        # Limits are applied to what was found, now or before an interruption: they may be others than they were.
+        for name, found in relay.run("images", self._images).items():
+            report[name] = checked(name, found, getattr(gate, name), gate)
+        progress(1, steps)
+        decoder = decoder_slices(self.folder, cfg)
+        report["blocks"] = []
+        for layer in range(layers):
+            found = relay.run(f"layers.{layer:03}", partial(self._layer, layer, decoder))
+            limit = gate.block_int4 if self.int4 else gate.block
+            report["blocks"].append(checked(f"{architecture.LLM}.layers.{layer}", found, limit, gate))
+            progress(layer + 2, steps)
+        found = relay.run("lm_head", partial(self._lm_head, decoder), last=True)
+        report["lm_head"] = checked("lm_head", found["lm_head"], gate.lm_head, gate)
+        report["llm"] = checked("llm", found["llm"], gate.llm_int4 if self.int4 else gate.llm, gate)
+        check_answers(report["llm"], gate)
+        progress(steps, steps)
+        return report
 
-    def report(self, component: str, min_cosine: float) -> dict[str, float | int]:
-        """Raises ParityError that names the component if the mean cosine is below `min_cosine`."""
-        if not np.isfinite(self.max_error):
-            raise ParityError(f"{component}: the exported graph's output is not finite", _REMEDY)
-        cosine = self.cosines / self.count
-        if cosine < min_cosine:
-            raise ParityError(
-                f"{component}: mean cosine {cosine:.4f} to the checkpoint's output, expected {min_cosine}", _REMEDY
-            )
-        return {
-            "max_error": _round(self.max_error),
-            "mean_cosine": _round(cosine),
-            "min_cosine": _round(self.min_cosine),
-            "vectors": self.count,
+    def _images(self, _: Path | None, after: Path | None) -> Result:
+        """Tower and projector on every image; and the prompts as the decoder sees them, by checkpoint and bundle."""
+        assert after
+        cfg, reference = self.cfg, CheckpointEncoder(self.cfg, self.source, self.pool)
+        read = [sample.read(self.tokenizer, cfg) for sample in self.samples]
+        seen = [[look(visual, reference, cfg) for visual in visuals] for _, visuals in read]
+        self.source.forget()
+        own, report = self._look(read, seen)
+        for name in report:
+            report[name]["max_activation"] = rounded(reference.largest[name])
+        table = _Table(self.folder, cfg)
+        theirs = [
+            join(chunks, visuals, [looked.image_embeds for looked in of_sample], cfg, self.tokenizer, reference)
+            for (chunks, visuals), of_sample in zip(read, seen, strict=True)
+        ]
+        ours = [
+            join(chunks, visuals, of_sample, cfg, self.tokenizer, table)
+            for (chunks, visuals), of_sample in zip(read, own, strict=True)
+        ]
+        self._write(after, [*theirs, *ours])
+        return report
+
+    def _look(self, read: Sequence[Read], seen: Sequence[Sequence[Looked]]) -> tuple[list[list[FloatArray]], Report]:
+        """The bundle's image_embeds of every sample's images, and how far tower and projector are off."""
+        looked = [one for of_sample in seen for one in of_sample]
+        if not looked:
+            return [[] for _ in seen], {}
+        tower, projector = vision_slices(self.folder, self.cfg), projector_slice(self.folder)
+        x = [tile[None] for one in looked for tile in tower_input(one.pixel_values, self.cfg)]
+        for index in range(len(tower)):
+            x = list(self.pool.map(tower.load(index).run, x))
+        features = iter(x)
+        vision_difference, projector_difference = Difference(), Difference()
+        own: list[list[FloatArray]] = []
+        for (_, visuals), of_sample in zip(read, seen, strict=True):
+            own.append([])
+            for visual, one in zip(visuals, of_sample, strict=True):
+                mine = np.concatenate([next(features) for _ in one.tower_features])
+                vision_difference.add(one.tower_features, mine)
+                projector_difference.add(one.image_embeds, projector.run(one.image_features))
+                own[-1].append(projector.run(merge_features(mine, visual.layout, self.cfg)))
+        return own, {
+            "vision_tower": vision_difference.report(),
+            "mm_projector": projector_difference.report(),
         }
 
+    def _layer(self, layer: int, decoder: SlicedGraph, before: Path | None, after: Path | None) -> Result:
+        """A decoder block: what it makes of the reference's states, and both chains one block further."""
+        assert before and after
+        piece = decoder.load(layer)
+        name = f"{architecture.LLM}.layers.{layer}"
+        block = self.source.layer(f"{name}.")
 
-class _LogitDifference(_Difference):
-    """Also: how often the same token is the most likely one, and the mean KL divergence in nats."""
+        def reference(x: FloatArray) -> tuple[FloatArray, float]:
+            ops = WatchingOps(block)
+            y = architecture.decoder_layer(ops, torch.from_numpy(np.array(x))[None], layer, self.cfg.llm)
+            return y[0].numpy(), ops.largest
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.same, self.kl = 0, 0.0
+        def bundle(x: FloatArray) -> FloatArray:
+            return piece.run(x[None], decoder_inputs(len(x), self.cfg))[0]
 
-    def add(self, want: Array, got: Array) -> None:
-        super().add(want, got)
-        p, q = _log_softmax(want), _log_softmax(got)
-        self.same += int((want.argmax(-1) == got.argmax(-1)).sum())
-        self.kl += float((np.exp(p) * (p - q)).sum())
+        states = read_states(before)
+        theirs, ours = states[: len(self.samples)], states[len(self.samples) :]
+        want, largest = zip(*self.pool.map(reference, theirs), strict=True)
+        difference = Difference()
+        for w, g in zip(want, self.pool.map(bundle, theirs), strict=True):
+            difference.add(w, g)
+        self._write(after, [*want, *self.pool.map(bundle, ours)])
+        return difference.report() | {"max_activation": rounded(float(np.max(largest)))}
 
-    def report(self, component: str, min_cosine: float) -> dict[str, float | int]:
-        report = super().report(component, min_cosine)
-        return report | {"top1_agreement": _round(self.same / self.count), "mean_kl": _round(self.kl / self.count)}
+    def _lm_head(self, decoder: SlicedGraph, before: Path | None, _: Path | None) -> Result:
+        """The head on the reference's states, and the LLM's answers on the bundle's own."""
+        assert before
+        piece = decoder.load(len(decoder) - 1)
+        states = read_states(before)
+        head = Head(self.source, self.cfg.llm, self.pool)
+        alone, answers = LogitDifference(), LogitDifference()
+        for theirs, ours in zip(states[: len(self.samples)], states[len(self.samples) :], strict=True):
+            kept = np.unique(np.linspace(0, len(theirs) - 1, POSITIONS).astype(np.int64))
+            want = head.logits(theirs[kept])
+            for difference, x in ((alone, theirs), (answers, ours)):
+                difference.add(want, piece.run(x[kept][None], decoder_inputs(len(kept), self.cfg))[0])
+        return {"lm_head": alone.report(), "llm": answers.report()}
+
+    def _write(self, path: Path, states: Sequence[FloatArray]) -> None:
+        write_states(path, states, [len(x) for x in states], self.cfg.llm.hidden_size)
 
 
-_REMEDY = "this is a fault of the export; please report it with the checkpoint's config.json"
+class _Table:
+    """The `Embedder` of a bundle."""
 
+    def __init__(self, folder: Path, cfg: VilaConfig) -> None:
+        self._stored = StoredParameters([TensorFile(folder / EMBED_TOKENS_FILE)])
+        self._shape = (cfg.llm.vocab_size, cfg.llm.hidden_size)
 
-def _log_softmax(logits: Array) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
-
-
-def _round(value: float) -> float:
-    """To a few digits: the rest is noise of one machine."""
-    return float(f"{value:.{REPORT_DIGITS}g}")
+    def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
+        return self._stored.float32(f"{architecture.EMBED_TOKENS}.weight", self._shape, np.asarray(input_ids, np.int64))

@@ -20,7 +20,7 @@ from vila_edge.errors import InputError
 from vila_edge.eval.run import GREEDY, Prompt, accuracy
 from vila_edge.export.calibration import write_samples
 from vila_edge.export.checkpoint import Checkpoint
-from vila_edge.export.run import Recipe as ExportRecipe
+from vila_edge.export.recipe import Recipe as ExportRecipe
 from vila_edge.export.run import export_bundle
 from vila_edge.micro.contact_sheet import Card, contact_sheet
 from vila_edge.micro.digits import Digits, load_splits

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vila_edge import architecture, int4
+from vila_edge import architecture
 from vila_edge.bundle import WEIGHTS, Bundle
 from vila_edge.config import VilaConfig
 from vila_edge.parameters import parameter_shapes
 from vila_edge.reference.numpy_ops import NumpyOps
+from vila_edge.stored import StoredParameters
 from vila_edge.tensorfile import TensorFile
 
 FloatArray = NDArray[np.float32]
@@ -79,17 +80,7 @@ def numpy_engine(cfg: VilaConfig, params: Mapping[str, NDArray[Any]]) -> Referen
 
 def bundle_parameters(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
     """Every parameter of a bundle as the float32 array that it stands for."""
-    stored: dict[str, TensorFile] = {}
-    for name in bundle.manifest.files:
-        if name.startswith(f"{WEIGHTS}/"):
-            file = TensorFile(bundle.file(name))
-            stored |= dict.fromkeys(file.entries, file)
-    params = {}
-    for name in parameter_shapes(bundle.config):
-        linear = name.removesuffix(".weight")
-        if name in stored:
-            params[name] = stored[name].float32(name)
-        else:
-            parts = {part: stored[part].array(part) for part in int4.part_names(linear)}
-            params[name] = int4.from_tensors(linear, parts).dequantize()
-    return params
+    stored = StoredParameters(
+        TensorFile(bundle.file(name)) for name in bundle.manifest.files if name.startswith(f"{WEIGHTS}/")
+    )
+    return {name: stored.float32(name, shape) for name, shape in parameter_shapes(bundle.config).items()}

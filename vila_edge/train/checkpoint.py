@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vila_edge import fsio
+from vila_edge.config import VilaConfig
 from vila_edge.parameters import component, parameter_shapes
 from vila_edge.preprocess import RESAMPLE
 from vila_edge.profiles import PROFILE_KEY
@@ -20,20 +21,25 @@ TOWER_PREFIX = "vision_model."  # what the layout's names have and transformers 
 
 def save_checkpoint(model: Vila, tokenizer_json: str, folder: Path, tokenizer_config: dict[str, Any]) -> None:
     """Fill an empty `folder`: config.json, and llm/, vision_tower/ and mm_projector/ with float32 weights."""
-    cfg = model.cfg
     parameters: dict[str, dict[str, Tensor]] = {"llm": {}, "vision_tower": {}, "mm_projector": {}}
     for name, value in checkpoint_parameters(model).items():
         part, _, stored = name.partition(".")
         parameters[part][stored] = value.detach().contiguous().cpu()
+    write_configs(model.cfg, tokenizer_json, folder, tokenizer_config)
+    for part, tensors in parameters.items():
+        fsio.write_bytes(folder / part / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+
+
+def write_configs(cfg: VilaConfig, tokenizer_json: str, folder: Path, tokenizer_config: dict[str, Any]) -> None:
+    """All files of a checkpoint but the weights, in an empty `folder`."""
     configs: dict[str, dict[str, Any]] = {
         "llm": llm_config(cfg.llm),
         "vision_tower": vision_config(cfg.vision_tower),
         "mm_projector": {"model_type": "v2l_projector", "mm_projector_type": cfg.mm_projector.mm_projector_type},
     }
-    for part, tensors in parameters.items():
+    for part, config in configs.items():
         (folder / part).mkdir()
-        fsio.write_bytes(folder / part / "config.json", fsio.json_bytes(configs[part]))
-        fsio.write_bytes(folder / part / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+        fsio.write_bytes(folder / part / "config.json", fsio.json_bytes(config))
     fsio.write_bytes(folder / "llm" / "tokenizer.json", tokenizer_json.encode())
     fsio.write_bytes(folder / "llm" / "tokenizer_config.json", fsio.json_bytes(tokenizer_config))
     fsio.write_bytes(

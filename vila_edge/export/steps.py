@@ -1,0 +1,166 @@
+"""Long work that can be interrupted: what is finished stays on the disk, and is not done again.
+
+A step leaves files and a result. Its record holds their digests, under a digest of everything that decides what
+the step makes: the key of the work and all steps before it. A record that does not fit is as good as none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vila_edge import fsio
+from vila_edge.errors import InputError, UsageError
+
+Result = dict[str, Any]
+KEY = "key"  # a file: what the work is made from
+
+
+class Steps:
+    """Steps of one piece of work, in a folder of their own."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """`folder`: what `working_folder` made. `key`: stands for all that goes into the work."""
+        self.folder = folder
+        self._digest = key
+        self._records = folder / "steps"
+        fsio.make_folder(self._records)
+        self.made_here = False  # whether the last step was made now, and not found
+
+    def run(
+        self,
+        name: str,
+        work: Callable[[], Result],
+        files: Sequence[Path] = (),
+        carried: Path | None = None,
+    ) -> Result:
+        """The result of `work`, or what it was when it was done last.
+
+        `files` are what the step makes for good. `carried` is what it makes for the next step alone, which may
+        delete it when it is done.
+        """
+        self._digest = hashlib.sha256(f"{self._digest}\n{name}".encode()).hexdigest()
+        path = self._records / f"{name}.json"
+        known = self._known(path, files)
+        if known is not None:
+            return known
+        result = work()
+        self.made_here = True  # whatever comes after was made from something else
+        made = {file.name: _described(file) for file in (*files, *([carried] if carried else ()))}
+        fsio.replace_bytes(path, fsio.json_bytes({"inputs": self._digest, "files": made, "result": result}))
+        return result
+
+    def has_carried(self, name: str, path: Path) -> bool:
+        """Whether what the step `name` made for the next one is there and as it was left."""
+        try:
+            record = fsio.read_json(self._records / f"{name}.json")
+            return bool(record["files"][path.name] == _described(path))
+        except (InputError, OSError, KeyError):
+            return False
+
+    def _known(self, path: Path, files: Sequence[Path]) -> Result | None:
+        if self.made_here or not path.is_file():
+            return None
+        try:
+            record = fsio.read_json(path)
+            same = record["inputs"] == self._digest
+            if same and all(record["files"][file.name] == _described(file) for file in files):
+                result: Result = record["result"]
+                return result
+        except (InputError, OSError, KeyError, TypeError):
+            pass
+        return None
+
+
+@contextlib.contextmanager
+def working_folder(target: Path, key: str) -> Iterator[tuple[Path, bool]]:
+    """The folder beside `target` in which it is made, and whether finished work of the same `key` is in it.
+
+    It outlives an interruption. Raises UsageError if another process works in it.
+    """
+    folder = target.with_name(f".{target.name}.work")
+    fsio.make_folder(folder)
+    with _lock(folder, target):
+        mark = folder / KEY
+        resumed = mark.is_file() and mark.read_text() == key
+        if not resumed:
+            empty(folder)
+            fsio.replace_bytes(mark, key.encode())
+        yield folder, resumed
+
+
+def discard(folder: Path) -> None:
+    """Remove a working folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, target: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UsageError(
+            f"{target} is being made by another process, which works in {folder}",
+            "wait for it to end, or stop it, or choose another place",
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a working folder, but for its key."""
+    for path in folder.iterdir():
+        if path.name == KEY:
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _described(path: Path) -> list[Any]:
+    return [path.stat().st_size, fsio.sha256(path)]
+
+
+class StartOver(Exception):
+    """What a step was to go on from is gone or damaged: the work has to begin again."""
+
+
+class Relay:
+    """Steps in a row, each of which hands a file to the next. A file goes when its taker is done."""
+
+    def __init__(self, steps: Steps, stem: str) -> None:
+        self._steps, self._stem = steps, stem
+        self._last: tuple[str, Path] | None = None
+
+    def run(
+        self,
+        name: str,
+        work: Callable[[Path | None, Path | None], Result],
+        files: Sequence[Path] = (),
+        last: bool = False,
+    ) -> Result:
+        """Like `Steps.run`. `work` is given the file to read (none at first) and the one to write (none if `last`).
+
+        Raises StartOver if the file to read is not as the step before left it.
+        """
+        before = self._last
+        after = None if last else self._steps.folder / f"{self._stem}.{name}.safetensors"
+
+        def checked() -> Result:
+            if before and not self._steps.made_here and not self._steps.has_carried(*before):
+                raise StartOver
+            return work(before[1] if before else None, after)
+
+        result = self._steps.run(name, checked, files, after)
+        if before:
+            before[1].unlink(missing_ok=True)
+        self._last = (name, after) if after else None
+        return result

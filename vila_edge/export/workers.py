@@ -1,0 +1,55 @@
+"""Torch on all cores with the same result on any number of them.
+
+One product spread over threads may be summed in another order for each number of threads. So every piece of work
+here runs on one thread, pieces are cut without regard to the number of cores, and results come in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class Workers:
+    """Runs pieces of work on a number of threads."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads)
+
+    def map(self, work: Callable[[A], B], pieces: Iterable[A]) -> Iterator[B]:
+        """`work` of each piece, in order."""
+        return self._pool.map(lambda piece: _run(work, piece), pieces)
+
+    def each(self, work: Callable[[A], None], pieces: Iterable[A]) -> None:
+        """Run all pieces to their end."""
+        for _ in self.map(work, pieces):
+            pass
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def workers(threads: int) -> Iterator[Workers]:
+    """Workers for a block of code, in which torch itself uses one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = Workers(threads)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        torch.set_num_threads(before)
+
+
+def _run(work: Callable[[A], B], piece: A) -> B:
+    with torch.inference_mode():  # each thread has its own mode
+        return work(piece)
