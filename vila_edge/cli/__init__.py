@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from vila_edge.cli import chat, demo, export, parity
+from vila_edge.cli import chat, demo, export, parity, pull
 from vila_edge.cli.console import print_error
 from vila_edge.cli.interrupt import INTERRUPTED
 from vila_edge.errors import VilaEdgeError
@@ -27,6 +27,7 @@ app.command()(demo.demo)
 app.command()(export.export)
 app.command()(chat.chat)
 app.command()(parity.parity)
+app.command()(pull.pull)
 
 
 @app.callback(invoke_without_command=True)
