@@ -40,7 +40,7 @@ def export(
         Path | None, typer.Option(help="Folder with samples.jsonl and its images. Default: built-in samples.")
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Positions of the samples to search with, at most. Default: 4096.")
+        int | None, typer.Option(help="Positions of the samples to search with, at most. Default: 2048.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="awq (the default), or rtn: round to nearest.")] = None,
     gate: Annotated[

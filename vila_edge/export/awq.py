@@ -9,6 +9,7 @@ helps. One decoder block at a time, on calibration activations of the unquantise
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,7 @@ class QuantisedBlock:
 
     floats: dict[str, NDArray[np.float32]]
     linears: dict[str, int4.Int4]
+    scales: dict[str, NDArray[np.float32]]  # linear -> what its input channels [K] were multiplied with, if they were
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,12 @@ def quantise_block(
     it, sequences [S, D]. Raises ValueError if a linear's inputs are no whole number of groups.
     """
     seen = observe(block, states, layer, cfg, pool)
-    scaled = dict(block)
+    scaled, scales = dict(block), dict[str, NDArray[np.float32]]()
     for group in scale_groups(layer, cfg):
         x = seen.inputs[group.linears[0]]
         scale = search_scales(group, block, x, grid, pool)
         apply_scales(group, scale, scaled)
+        scales |= dict.fromkeys(group.linears, scale.cpu().numpy())
         x[:] = pool.map(scale.reciprocal().mul, x)
     linears: dict[str, int4.Int4] = {}
     for name in [name.removesuffix(".weight") for name in scaled if name.endswith("_proj.weight")]:
@@ -79,7 +82,7 @@ def quantise_block(
             weight = clip(weight, seen.inputs[name], grid, pool)
         linears[name] = grid.quantize(weight, pool)
     floats = {name: value.cpu().numpy() for name, value in scaled.items()}
-    return QuantisedBlock(floats, linears), seen.states
+    return QuantisedBlock(floats, linears, scales), seen.states
 
 
 def observe(block: Params, states: Sequence[States], layer: int, cfg: LlmConfig, pool: Workers) -> Activations:
@@ -143,7 +146,12 @@ def search_scales(group: ScaleGroup, block: Params, x: Sequence[Tensor], grid: G
         for name in group.linears:
             _round_scaled(block[f"{name}.weight"], scale, grid, rounded[f"{name}.weight"], pool)
         errors = pool.map(lambda pair: _squared_error(group.run(rounded, pair[0]), pair[1]), zip(x, want, strict=True))
-        error = sum(errors)
+        error = 0.0
+        with closing(errors):
+            for of_sequence in errors:
+                error += of_sequence
+                if error >= best_error:  # whatever the other sequences say
+                    break
         if error < best_error:
             best, best_error = scale, error
     return best

@@ -49,7 +49,7 @@ class Recipe:
     lm_head: LmHead = "auto"
     vision: Literal["fp16", "int8"] = "fp16"
     calibration: Path | None = None  # a folder of samples; None takes the built-in ones
-    calibration_tokens: int = 4096  # positions that are searched with, at most
+    calibration_tokens: int = 2048  # positions that are searched with, at most
     name: str = ""  # of the model; by default the checkpoint's folder
     license_note: str = ""
     gate: Gate = field(default_factory=Gate)
@@ -110,4 +110,11 @@ def _recipe(data: dict[str, Any], path: Path) -> Recipe:
     for values, key in ((data, "calibration"), (data["choices"], "vision_tower")):
         if isinstance(values.get(key), str):
             values[key] = (path.parent / values[key]).resolve()
-    return from_plain(Recipe, default | data, str(path))
+    for limit, value in data["gate"].items():
+        if value != value:  # every comparison with it is false, so it would let everything pass
+            raise ConfigError(f"{path}: gate.{limit} is {value}, expected a number")
+    try:
+        return from_plain(Recipe, default | data, str(path))
+    except UsageError as error:  # a name in [choices], told as an option of the command line
+        said = error.message.removeprefix("--").replace("token-order", "token_order", 1)
+        raise ConfigError(f"{path}: choices.{said}", error.hint) from None

@@ -17,6 +17,7 @@ from typing import Any
 
 from vila_edge import fsio
 from vila_edge.errors import InputError, UsageError
+from vila_edge.export.workers import release_memory
 
 Result = dict[str, Any]
 KEY = "key"  # a file: what the work is made from
@@ -51,6 +52,7 @@ class Steps:
         if known is not None:
             return known
         result = work()
+        release_memory()
         self.made_here = True  # whatever comes after was made from something else
         made = {file.name: _described(file) for file in (*files, *([carried] if carried else ()))}
         fsio.replace_bytes(path, fsio.json_bytes({"inputs": self._digest, "files": made, "result": result}))

@@ -6,9 +6,11 @@ here runs on one thread, pieces are cut without regard to the number of cores, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import ctypes
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -24,9 +26,19 @@ class Workers:
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads)
 
-    def map(self, work: Callable[[A], B], pieces: Iterable[A]) -> Iterator[B]:
-        """`work` of each piece, in order."""
-        return self._pool.map(lambda piece: _run(work, piece), pieces)
+    def map(self, work: Callable[[A], B], pieces: Iterable[A]) -> Generator[B, None, None]:
+        """`work` of each piece, in order. Closing it drops the pieces that nobody began."""
+        futures = deque(self._pool.submit(_run, work, piece) for piece in pieces)
+        return self._results(futures)
+
+    def _results(self, futures: deque[Future[B]]) -> Generator[B, None, None]:
+        try:
+            while futures:
+                yield futures.popleft().result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)  # what was begun still uses its inputs
 
     def each(self, work: Callable[[A], None], pieces: Iterable[A]) -> None:
         """Run all pieces to their end."""
@@ -53,3 +65,9 @@ def workers(threads: int) -> Iterator[Workers]:
 def _run(work: Callable[[A], B], piece: A) -> B:
     with torch.inference_mode():  # each thread has its own mode
         return work(piece)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system. The C library keeps what threads freed, for a next time."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
