@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 from vila_edge.errors import InputError, UsageError, VilaEdgeError
 
+PARTIAL = ".partial"  # ends the name of what is not whole yet
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a new file and wait until it is on the disk. Raises VilaEdgeError if it cannot be written."""
@@ -32,7 +34,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
     Readers see the old one or the new one. Raises VilaEdgeError if it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with beside.open("xb") as file:
             yield file
@@ -65,7 +67,7 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     Raises UsageError if `target` exists, unless `replace`: then the old one stays until the new is whole.
     """
     check_absent(target, replace)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    staging = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()

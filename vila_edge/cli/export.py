@@ -71,6 +71,7 @@ def export(
         from vila_edge.export import recipe as recipes
         from vila_edge.export.device import pick_device
         from vila_edge.export.run import export_autoawq, export_bundle
+        from vila_edge.export.steps import folder_beside
     except ModuleNotFoundError as error:
         raise UsageError(
             f"export needs the package {error.name!r}, which is not installed", "pip install 'vila-edge[export]'"
@@ -105,11 +106,16 @@ def export(
     )
     where, why = pick_device(device)
     print_note(why)
-    with PhaseDisplay() as display:
-        write = export_bundle if to == "bundle" else export_autoawq
-        made = write(
-            checkpoint, output, chosen, display.progress, force, print_warning, threads or usable_cores(), where
-        )
+    write = export_bundle if to == "bundle" else export_autoawq
+    try:
+        with PhaseDisplay() as display:
+            made = write(
+                checkpoint, output, chosen, display.progress, force, print_warning, threads or usable_cores(), where
+            )
+    except BaseException:
+        if (work := folder_beside(output)).is_dir():
+            print_note(f"what is finished is kept in {work}: the same command goes on from there, rm -r discards it")
+        raise
     if made is None:
         print_note(
             f"{output}: the LLM in 4 bits, for transformers (AutoModelForCausalLM) and vLLM (--quantization awq)"

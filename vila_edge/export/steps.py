@@ -86,7 +86,7 @@ def working_folder(target: Path, key: str) -> Iterator[tuple[Path, bool]]:
 
     It outlives an interruption. Raises UsageError if another process works in it.
     """
-    folder = target.with_name(f".{target.name}.work")
+    folder = folder_beside(target)
     fsio.make_folder(folder)
     with _lock(folder, target):
         mark = folder / KEY
@@ -94,7 +94,14 @@ def working_folder(target: Path, key: str) -> Iterator[tuple[Path, bool]]:
         if not resumed:
             empty(folder)
             fsio.replace_bytes(mark, key.encode())
+        for left_over in folder.rglob(f"*{fsio.PARTIAL}"):  # by a process that was killed
+            left_over.unlink()
         yield folder, resumed
+
+
+def folder_beside(target: Path) -> Path:
+    """The working folder of a target."""
+    return target.with_name(f".{target.name}.work")
 
 
 def discard(folder: Path) -> None:
