@@ -1,8 +1,9 @@
-"""What 4 bits cost each decoder block: plain rounding against AWQ, on activations held back from the search.
+"""What 4 bits cost each decoder block: plain rounding against AWQ, on samples that the search did not see.
 
-    python export/quantisation_error.py CHECKPOINT [--calibration DIR] [--group-size 128]
+    python export/quantisation_error.py CHECKPOINT [--calibration DIR] [--group-size 128] [--symmetric] [--recipe NAME]
 
-Prints the squared error of each block's output, relative to the output, on the same input.
+Errors are squared, of each block's output, relative to what the block adds to its input; the input is that of the
+unquantised model. One block is in memory at a time. `quantise_block.py` does one block.
 """
 
 from __future__ import annotations
@@ -14,56 +15,50 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from vila_edge import architecture, int4
-from vila_edge.config import LlmConfig
-from vila_edge.export.awq import quantise_blocks
-from vila_edge.export.calibration import batches, built_in, inputs_embeds, read_samples
-from vila_edge.export.checkpoint import Checkpoint
-from vila_edge.reference.torch_ops import TorchOps
-
-Params = dict[str, Tensor]
+from export.common import (
+    chosen,
+    cost_of_4_bits,
+    peak_mib,
+    run_script,
+    samples_of,
+    searched,
+    states_before,
+    threads_or_all,
+    to_quantise,
+)
+from vila_edge.cli.console import print_note
+from vila_edge.export.grid import Grid
+from vila_edge.export.source import Source
+from vila_edge.export.workers import workers
 
 
 def main(
     checkpoint: Annotated[Path, typer.Argument()],
     calibration: Annotated[Path | None, typer.Option(help="Folder of samples; default: built-in.")] = None,
-    group_size: Annotated[int, typer.Option()] = 128,
+    group_size: Annotated[int | None, typer.Option(help="Default: 128.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Its choices, groups and calibration.")] = None,
+    threads: Annotated[int, typer.Option(help="Default: all cores.")] = 0,
 ) -> None:
-    opened = Checkpoint(checkpoint)
-    cfg, tokenizer = opened.config, opened.tokenizer()
-    samples = read_samples(calibration) if calibration else built_in()
-    params = {name: torch.from_numpy(value) for name, value in opened.parameters().items()}
-    table = Table(title=f"Relative squared error of each block's output, int4 in groups of {group_size}")
-    for column in ("block", "rounded", "AWQ", "AWQ / rounded"):
+    """Print what 4 bits cost every block."""
+    how = chosen(recipe, group_size=group_size, symmetric=symmetric, calibration=calibration)
+    opened, samples = to_quantise(checkpoint, how), samples_of(how)
+    layers, source = opened.config.llm.num_hidden_layers, Source(opened)
+    table = Table(title=f"Relative squared error of each block, int4 in groups of {how.group_size}")
+    for column in ("block", "rounded", "AWQ", "AWQ / rounded", "search, s"):
         table.add_column(column, justify="right")
-    with torch.inference_mode():
-        search, held_out = (
-            batches(inputs_embeds(part, cfg, tokenizer, params)) for part in (samples.search, samples.held_out)
-        )
-        for layer, block in enumerate(quantise_blocks(params, search, cfg.llm, group_size)):
-            awq, rounded = dict(params), dict(params)
-            awq |= {name: torch.from_numpy(value) for name, value in block.floats.items()}
-            for name, linear in block.linears.items():
-                weight = f"{name}.weight"
-                awq[weight] = torch.from_numpy(linear.dequantize())
-                rounded[weight] = torch.from_numpy(int4.quantize(params[weight].numpy(), group_size).dequantize())
-            want = run_block(params, held_out, layer, cfg.llm)
-            errors = [relative_error(run_block(p, held_out, layer, cfg.llm), want) for p in (rounded, awq)]
-            table.add_row(str(layer), *(f"{error:.2e}" for error in errors), f"{errors[1] / errors[0]:.2f}")
-            held_out = want
+    with workers(threads_or_all(threads)) as pool, torch.inference_mode():
+        search = states_before(0, searched(how, samples, opened), source, pool)
+        held_out = states_before(0, samples.held_out, source, pool)
+        for layer in range(layers):
+            cost = cost_of_4_bits(layer, source, search, held_out, Grid(how.group_size, how.symmetric), pool)
+            search, held_out = cost.search, cost.held_out
+            errors = (f"{cost.rounded:.2e}", f"{cost.awq:.2e}", f"{cost.awq / cost.rounded:.2f}")
+            table.add_row(str(layer), *errors, f"{cost.seconds:.1f}")
+            print_note(f"block {layer + 1} of {layers}, peak memory {peak_mib():,} MiB")
     Console().print(table)
 
 
-def run_block(params: Params, hidden_states: list[Tensor], layer: int, cfg: LlmConfig) -> list[Tensor]:
-    return [architecture.decoder_layer(TorchOps(params), x, layer, cfg) for x in hidden_states]
-
-
-def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
-    wrong = sum(float((g - w).square().sum()) for g, w in zip(got, want, strict=True))
-    return wrong / sum(float(w.square().sum()) for w in want)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
