@@ -90,7 +90,8 @@ class Difference:
         a, b = want.reshape(-1, width), got.reshape(-1, width)
         for start in range(0, len(a), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            self._add_rows(a[rows].astype(np.float64), b[rows].astype(np.float64))
+            with np.errstate(invalid="ignore"):  # what is not finite is told by the report
+                self._add_rows(a[rows].astype(np.float64), b[rows].astype(np.float64))
 
     def _add_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
         lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)

@@ -63,14 +63,16 @@ class Recipe:
         group_size, symmetric = (packed.group_size, packed.symmetric) if packed else (self.group_size, self.symmetric)
         return Storage("int4", lm_head, self.vision, "fp16", group_size, symmetric)
 
-    def check(self, cfg: VilaConfig) -> None:
-        """Raises UsageError if it does not fit a model."""
+    def check(self, cfg: VilaConfig, packed: Packed | None = None) -> None:
+        """Raises UsageError if it does not fit a model, which may be `packed` in 4 bits already."""
         if self.quantization != "int4" and (self.lm_head not in ("auto", "fp16") or self.vision != "fp16"):
             raise UsageError(f"--quant {self.quantization} stores all weights so; --lm-head and --vision are for int4")
         if self.calibration_tokens < 1:
             raise UsageError(f"--calibration-tokens {self.calibration_tokens}: expected a positive number")
         widths = {cfg.llm.hidden_size, cfg.llm.intermediate_size, cfg.llm.num_attention_heads * cfg.llm.head_dim}
         size = self.group_size
+        if packed:  # whose groups stay as they are
+            return
         if self.quantization == "int4" and (size < 16 or size & (size - 1) or any(width % size for width in widths)):
             raise UsageError(
                 f"group_size {size}: expected a power of two from 16 on that divides "

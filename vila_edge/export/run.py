@@ -152,12 +152,17 @@ class Export:
         for warning in self.checkpoint.warnings:
             warn(warning)
         self.cfg = self.checkpoint.config
-        recipe.check(self.cfg)
+        self.packed = self.checkpoint.packed
+        if self.packed and recipe.quantization == "int4":
+            warn(
+                f"the checkpoint is in 4 bits already ({self.packed.format}, groups of {self.packed.group_size}): "
+                "its integers are kept, and nothing is searched"
+            )
+        recipe.check(self.cfg, self.packed)
         self.tokenizer = self.checkpoint.tokenizer()
         self.tokenizer.check_rows(self.cfg.llm.vocab_size)
         self.samples = read_samples(recipe.calibration) if recipe.calibration else built_in()
         self.search = choose(self.samples.search, self.cfg, self.tokenizer, recipe.calibration_tokens)
-        self.packed = self.checkpoint.packed
         self.source = Source(self.checkpoint)
         self.provenance = {
             "checkpoint_sha256": self.checkpoint.sha256(),
