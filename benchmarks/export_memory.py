@@ -28,6 +28,7 @@ BARE = "import torch, onnxruntime, onnx, numpy, tokenizers, PIL.Image, typer, ri
 def main(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and bundles are made.")],
     layers: Annotated[list[int] | None, typer.Option()] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Positions that the search sees.")] = 2048,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures there.")] = None,
 ) -> None:
     """Export, measure, print."""
@@ -39,7 +40,7 @@ def main(
             maker = Path(__file__).with_name("random_checkpoint.py")
             subprocess.run([sys.executable, str(maker), str(checkpoint), "--layers", str(count)], check=True)
         command = [sys.executable, "-m", "vila_edge", "export", str(checkpoint), "-o", str(bundle), "--force"]
-        found = measure(command)
+        found = measure([*command, "--calibration-tokens", str(calibration_tokens)])
         manifest = json.loads((bundle / "manifest.json").read_text())
         size = sum(file["size"] for file in manifest["files"].values())
         rows.append(
@@ -52,7 +53,7 @@ def main(
                 "digest": manifest["digest"],
             }
         )
-    report = {"bare_mib": bare, "exports": rows, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    report = {"bare_mib": bare, "calibration_tokens": calibration_tokens, "exports": rows, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     table = Table(title=f"int4 export, VILA1.5-3B dimensions; interpreter with torch alone: {bare:.0f} MiB")
     for column in ("layers", "peak above that, MiB", "seconds", "bundle / parameters"):
         table.add_column(column, justify="right")

@@ -31,6 +31,7 @@ from vila_edge.export.eras import Choices
 from vila_edge.export.gate import Gate
 from vila_edge.export.source import Source
 from vila_edge.export.steps import Relay, Steps
+from vila_edge.export.storage import Storage
 from vila_edge.export.verify import Verification
 from vila_edge.export.workers import workers
 from vila_edge.tokenizer import Tokenizer
@@ -53,12 +54,13 @@ def main(
     samples, sealed = samples_of(how), Bundle.open(bundle)
     opened = checkpoint_of(sealed, checkpoint, how.choices.vision_tower)
     tokenizer = Tokenizer(sealed.tokenizer_json(), config=sealed.config.tokenizer)
-    int4 = sealed.manifest.quantization.get("bits") == 4
+    forms = sealed.manifest.quantization
+    storage = Storage("int4" if forms.get("bits") == 4 else "fp16", forms.get("lm_head", "fp16"))
     with workers(threads_or_all(threads)) as pool, torch.inference_mode(), tempfile.TemporaryDirectory() as work:
 
         def report(gate: Gate, progress: Callable[[int, int], None]) -> dict[str, Any]:
             verification = Verification(
-                sealed.path, sealed.config, tokenizer, Source(opened), samples.held_out, gate, int4, pool
+                sealed.path, sealed.config, tokenizer, Source(opened), samples.held_out, gate, storage, pool
             )
             return verification.report(Relay(Steps(Path(work), "verify"), "verify"), progress)
 

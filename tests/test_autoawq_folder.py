@@ -20,7 +20,7 @@ from tests.families import TOKENIZERS
 from vila_edge import architecture, int4
 from vila_edge.config import LlmConfig, RopeConfig
 from vila_edge.errors import CheckpointError, ParityError, UsageError
-from vila_edge.export.autoawq_folder import INDEX, Source, write_autoawq
+from vila_edge.export.autoawq_folder import INDEX, LlmWeights, write_autoawq
 from vila_edge.export.awq_formats import Packing, check_parts, unpack_gemm
 from vila_edge.int4 import Int4
 from vila_edge.parameters import ShapeOps, is_quantised
@@ -56,7 +56,7 @@ def random_model(cfg: LlmConfig) -> tuple[Floats, dict[str, Int4]]:
 
 
 def write(target: Path, cfg: LlmConfig, floats: Floats, linears: dict[str, Int4], **options: Any) -> Path:
-    source = Source(cfg, GROUP, floats.__getitem__, linears.__getitem__)
+    source = LlmWeights(cfg, GROUP, floats.__getitem__, linears.__getitem__)
     write_autoawq(target, source, TOKENIZERS[cfg.model_type], 1, [2, 3], **options)
     return target
 
@@ -146,7 +146,7 @@ def test_one_tensor_is_asked_for_at_a_time_and_once(tmp_path: Path) -> None:
     def noted(read: Callable[[str], Any]) -> Callable[[str], Any]:
         return lambda name: (asked.append(name), read(name))[-1]  # type: ignore[func-returns-value]
 
-    source = Source(LLAMA, GROUP, noted(floats.__getitem__), noted(linears.__getitem__))
+    source = LlmWeights(LLAMA, GROUP, noted(floats.__getitem__), noted(linears.__getitem__))
     write_autoawq(tmp_path / "awq", source, TOKENIZERS["llama"], None, None)
     assert sorted(asked) == sorted([*floats, *linears])
     assert "eos_token_id" not in json.loads((tmp_path / "awq" / "config.json").read_text())
@@ -195,7 +195,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     floats, linears = random_model(LLAMA)
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(TOKENIZERS["llama"], tokenizer, ignore=shutil.ignore_patterns("tokenizer.model", "tokenizer.json"))
-    source = Source(LLAMA, GROUP, floats.__getitem__, linears.__getitem__)
+    source = LlmWeights(LLAMA, GROUP, floats.__getitem__, linears.__getitem__)
     with pytest.raises(CheckpointError, match="tokenizer: has no tokenizer, expected tokenizer.json or tokenizer.mod"):
         write_autoawq(tmp_path / "awq", source, tokenizer, 1, 2)
     assert not (tmp_path / "awq").exists()

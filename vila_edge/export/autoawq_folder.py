@@ -38,7 +38,7 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 @dataclass(frozen=True)
-class Source:
+class LlmWeights:
     """Where the weights come from, by the architecture's names (`llm.model...`), and one at a time.
 
     read: floats of any width of a parameter. read_int4: the integers of a linear, named without `.weight`.
@@ -52,7 +52,7 @@ class Source:
 
 def write_autoawq(
     target: Path,
-    source: Source,
+    source: LlmWeights,
     tokenizer: Path,
     bos_token_id: int | None,
     eos_token_id: int | list[int] | None,
@@ -136,7 +136,7 @@ def _shapes(cfg: LlmConfig) -> dict[str, Shape]:
     return ops.shapes
 
 
-def _check(source: Source, shapes: dict[str, Shape]) -> None:
+def _check(source: LlmWeights, shapes: dict[str, Shape]) -> None:
     for name, shape in shapes.items():
         if is_quantised(name) and (shape[0] % 8 or shape[1] % source.group_size):
             raise UsageError(
@@ -174,7 +174,7 @@ def _specs(name: str, shape: Shape, group_size: int) -> list[tuple[str, Spec]]:
     return list(zip(packed_names("autoawq-gemm", stored.removesuffix(".weight")), specs, strict=True))
 
 
-def _tensors(name: str, source: Source) -> Iterator[tuple[str, NDArray[Any]]]:
+def _tensors(name: str, source: LlmWeights) -> Iterator[tuple[str, NDArray[Any]]]:
     """What is stored for a parameter, read now."""
     stored = name.removeprefix("llm.")
     if is_quantised(name):

@@ -29,6 +29,7 @@ class Gate:
     block: float = 0.999  # a decoder block of 16 or 32 bits
     block_int4: float = 0.95
     lm_head: float = 0.999
+    lm_head_int4: float = 0.95
     llm: float = 0.999  # logits of the whole LLM, on the bundle's own activations
     llm_int4: float = 0.9
     top1_agreement: float = 0.0

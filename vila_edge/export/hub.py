@@ -24,8 +24,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from vila_edge.errors import CheckpointError, InputError, UsageError, VilaEdgeError
+from vila_edge.export.layouts import PULLED_FROM
 
-SOURCE = "vila-edge-source.json"  # in a pulled folder: where it comes from
 UNKNOWN = "unknown"
 KINDS = (
     *("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.*"),
@@ -260,7 +260,7 @@ def _checked(repo: str, name: str) -> PurePosixPath:
 
 def _is_wanted(path: PurePosixPath) -> bool:
     kind = any(fnmatchcase(path.name, kind) for kind in KINDS) and path.suffix.lower() not in NEVER
-    return kind and not _is_hidden(path) and str(path) != SOURCE
+    return kind and not _is_hidden(path) and str(path) != PULLED_FROM
 
 
 def _is_torch_weights(path: PurePosixPath) -> bool:

@@ -14,7 +14,8 @@ from huggingface_hub import hf_hub_download
 
 from vila_edge import fsio
 from vila_edge.errors import InputError, UsageError, VilaEdgeError
-from vila_edge.export.hub import SOURCE, Plan, RemoteFile, hub_errors
+from vila_edge.export.hub import Plan, RemoteFile, hub_errors
+from vila_edge.export.layouts import PULLED_FROM
 
 _RECORDS = ".cache"  # where huggingface_hub notes what it has fetched into a folder
 
@@ -40,7 +41,7 @@ def fetch(plan: Plan, target: Path, replace: bool, started: Callable[[int, Remot
                     shutil.rmtree(staging, ignore_errors=True)
             _tidy(plan, staging)
         source = {"repo": plan.repo, "revision": plan.commit, "license": plan.license}
-        fsio.write_bytes(staging / SOURCE, fsio.json_bytes(source))
+        fsio.write_bytes(staging / PULLED_FROM, fsio.json_bytes(source))
         with fsio.new_folder(target, replace) as empty:
             staging.rename(empty)
 
@@ -48,7 +49,7 @@ def fetch(plan: Plan, target: Path, replace: bool, started: Callable[[int, Remot
 def check_target(target: Path, replace: bool) -> None:
     """Raises UsageError if a pull may not appear as `target`. `replace` is for a checkpoint, not for any folder."""
     fsio.check_absent(target, replace)
-    known = any((target / name).is_file() for name in (SOURCE, "config.json"))
+    known = any((target / name).is_file() for name in (PULLED_FROM, "config.json"))
     if os.path.lexists(target) and not known and not (target.is_dir() and not os.listdir(target)):
         raise UsageError(f"{target} is not a checkpoint, and --force replaces nothing else", "choose another place")
 

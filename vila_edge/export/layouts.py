@@ -26,6 +26,7 @@ from vila_edge.export.torch_file import TorchFile
 from vila_edge.tensorfile import TensorFile
 
 PARTS = ("llm", "vision_tower", "mm_projector")
+PULLED_FROM = "vila-edge-source.json"  # where `vila-edge pull` fetched a checkpoint; no part of it
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Files:
         """Every file that an export reads, for its digest."""
         folders = {self.root, self.tokenizer, self.preprocessor.parent, *(self.root / part for part in PARTS)}
         small = (p for folder in folders for pattern in ("*.json", "tokenizer.model") for p in folder.glob(pattern))
+        small = (p for p in small if p.name != PULLED_FROM)
         return sorted({*small, *(stored.file.path for stored in self.tensors.values())})
 
 

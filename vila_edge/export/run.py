@@ -22,8 +22,7 @@ import torch
 from vila_edge import architecture, fsio
 from vila_edge.bundle import EMBED_TOKENS_FILE, FORMAT_VERSION, TOKENIZER, WEIGHTS, Bundle, write_manifest
 from vila_edge.errors import InputError, UsageError, VilaEdgeError
-from vila_edge.export import autoawq_folder
-from vila_edge.export.autoawq_folder import write_autoawq
+from vila_edge.export.autoawq_folder import LlmWeights, write_autoawq
 from vila_edge.export.awq import quantise_block
 from vila_edge.export.built_in_samples import built_in
 from vila_edge.export.calibration import choose, embed, read_samples
@@ -31,6 +30,7 @@ from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.encoder import CheckpointEncoder
 from vila_edge.export.gate import GateError
 from vila_edge.export.grid import Grid
+from vila_edge.export.layouts import PULLED_FROM
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.source import Source
 from vila_edge.export.states import read_states, write_states
@@ -96,7 +96,7 @@ def export_autoawq(
         files = [TensorFile(path) for path in sorted((folder / WEIGHTS).glob("*.safetensors"))]
         stored, llm = StoredParameters(files), export.checkpoint.files.configs["llm"].data
         group_size = export.storage_plan("fp16").storage.group_size
-        source = autoawq_folder.Source(
+        source = LlmWeights(
             export.cfg.llm, group_size, lambda name: stored.float32(name, export.source.shapes[name]), stored.int4
         )
         tokenizer = export.checkpoint.files.tokenizer
@@ -164,7 +164,9 @@ class Export:
         self.samples = read_samples(recipe.calibration) if recipe.calibration else built_in()
         self.search = choose(self.samples.search, self.cfg, self.tokenizer, recipe.calibration_tokens)
         self.source = Source(self.checkpoint)
-        self.provenance = {
+        self.pulled = self._pulled_from()
+        self.provenance: dict[str, Any] = {
+            **{key: self.pulled[key] for key in ("repo", "revision") if key in self.pulled},
             "checkpoint_sha256": self.checkpoint.sha256(),
             "calibration": self._calibration(),
             "vila_edge": __version__,
@@ -208,7 +210,7 @@ class Export:
             config=self.cfg,
             quantization=self._quantization(plan),
             provenance=self.provenance,
-            license_note=self.recipe.license_note,
+            license_note=self.recipe.license_note or self.pulled.get("license", ""),
             parity=parity,
         )
         return folder
@@ -294,14 +296,14 @@ class Export:
             write_graph_files(folder, self.cfg, plan.places())
             self.progress("write", 1, 1)
             try:
-                return plan, self._verify(steps, folder, form)
+                return plan, self._verify(steps, folder, plan)
             except GateError as error:
                 if error.component not in ("lm_head", "llm") or form == forms[-1]:
                     raise
                 self.warn(f"lm_head stays in 16 bits: with {form}, {error.message}")
         raise AssertionError(forms)
 
-    def _verify(self, steps: Steps, folder: Path, form: str) -> dict[str, Any]:
+    def _verify(self, steps: Steps, folder: Path, plan: StoragePlan) -> dict[str, Any]:
         verification = Verification(
             folder,
             self.cfg,
@@ -309,14 +311,20 @@ class Export:
             self.source,
             self.samples.held_out,
             self.recipe.gate,
-            self.recipe.quantization == "int4",
+            plan.storage,
             self.pool,
         )
-        return verification.report(Relay(steps, f"verify.{form}"), partial(self.progress, "verify"))
+        return verification.report(Relay(steps, f"verify.{plan.storage.lm_head}"), partial(self.progress, "verify"))
 
     def storage_plan(self, lm_head: Form) -> StoragePlan:
         """Where everything is stored, with lm_head in a form."""
         return StoragePlan(self.cfg, self.recipe.storage(self.packed, lm_head))
+
+    def _pulled_from(self) -> dict[str, str]:
+        """What `vila-edge pull` left in the checkpoint's folder: repo, revision, license."""
+        path = self.checkpoint.path / PULLED_FROM
+        found = fsio.read_json(path) if path.is_file() else {}
+        return {key: value for key, value in found.items() if isinstance(value, str)}
 
     def _calibration(self) -> str:
         if self.recipe.quantization != "int4":

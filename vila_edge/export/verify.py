@@ -28,6 +28,7 @@ from vila_edge.export.slices import SlicedGraph, decoder_inputs, decoder_slices,
 from vila_edge.export.source import Source
 from vila_edge.export.states import read_states, write_states
 from vila_edge.export.steps import Relay, Result
+from vila_edge.export.storage import Storage
 from vila_edge.export.workers import Workers
 from vila_edge.prompt import Chunk
 from vila_edge.scales import merge_features, tower_input
@@ -54,15 +55,16 @@ class Verification:
         source: Source,
         samples: Sequence[Sample],
         gate: Gate,
-        int4: bool,
+        storage: Storage,
         pool: Workers,
     ) -> None:
         self.folder, self.cfg, self.tokenizer, self.source = folder, cfg, tokenizer, source
-        self.samples, self.gate, self.int4, self.pool = samples, gate, int4, pool
+        self.samples, self.gate, self.storage, self.pool = samples, gate, storage, pool
 
     def report(self, relay: Relay, progress: Callable[[int, int], None]) -> Report:
         """All differences, layer by layer. Raises ParityError that names the component which is out of its limits."""
         cfg, gate, layers = self.cfg, self.gate, self.cfg.llm.num_hidden_layers
+        int4, int4_head = self.storage.decoder == "int4", self.storage.lm_head == "int4"
         steps = layers + 2
         progress(0, steps)
         report: Report = {
@@ -78,12 +80,12 @@ class Verification:
         report["blocks"] = []
         for layer in range(layers):
             found = relay.run(f"layers.{layer:03}", partial(self._layer, layer, decoder))
-            limit = gate.block_int4 if self.int4 else gate.block
+            limit = gate.block_int4 if int4 else gate.block
             report["blocks"].append(checked(f"{architecture.LLM}.layers.{layer}", found, limit, gate))
             progress(layer + 2, steps)
         found = relay.run("lm_head", partial(self._lm_head, decoder), last=True)
-        report["lm_head"] = checked("lm_head", found["lm_head"], gate.lm_head, gate)
-        report["llm"] = checked("llm", found["llm"], gate.llm_int4 if self.int4 else gate.llm, gate)
+        report["lm_head"] = checked("lm_head", found["lm_head"], gate.lm_head_int4 if int4_head else gate.lm_head, gate)
+        report["llm"] = checked("llm", found["llm"], gate.llm_int4 if int4 else gate.llm, gate)
         check_answers(report["llm"], gate)
         progress(steps, steps)
         return report
