@@ -18,7 +18,7 @@ import pytest
 
 from vila_edge.bundle import Bundle
 from vila_edge.errors import ParityError, VilaEdgeError
-from vila_edge.export import awq, run
+from vila_edge.export import awq, job
 from vila_edge.export.gate import Gate
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.run import export_bundle
@@ -64,7 +64,7 @@ def test_crashes_between_any_two_writes_change_nothing(
         searched.append(arguments[2])
         return quantise(*arguments)
 
-    monkeypatch.setattr(run, "quantise_block", counted)
+    monkeypatch.setattr(job, "quantise_block", counted)
     while not (tmp_path / "b").exists():  # under its name it is whole
         disk.left = rng.randint(1, 11)
         before = len(searched)

@@ -87,12 +87,15 @@ class TensorFile:
         return stored.astype(np.float32)
 
 
-def layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, TensorEntry]]:
+def layout(
+    specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, TensorEntry]]:
     """The head of a safetensors file of these tensors, and where each of them will lie in it.
 
     Wide types come first, then names in order; the data begins at a multiple of `ALIGNMENT` bytes.
     """
-    header, entries, position = dict[str, Any](), dict[str, TensorEntry](), 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries, position = dict[str, TensorEntry](), 0
     for name in sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name)):
         dtype, shape = specs[name]
         length = math.prod(shape) * DTYPES[dtype].itemsize
@@ -106,9 +109,14 @@ def layout(specs: Mapping[str, Spec]) -> tuple[bytes, dict[str, TensorEntry]]:
     return len(text).to_bytes(8, "little") + text, moved
 
 
-def write_stream(path: Path, specs: Mapping[str, Spec], read: Callable[[str], Iterable[NDArray[Any]]]) -> None:
+def write_stream(
+    path: Path,
+    specs: Mapping[str, Spec],
+    read: Callable[[str], Iterable[NDArray[Any]]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """A safetensors file, tensor by tensor: `read(name)` gives each in pieces. The same tensors give the same bytes."""
-    head, entries = layout(specs)
+    head, entries = layout(specs, metadata)
     with fsio.new_file(path) as file:
         file.write(head)
         for name, entry in entries.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from vila_edge.errors import CheckpointError, ParityError, UsageError
 from vila_edge.export.awq_formats import pack_gemm, packed_names
 from vila_edge.int4 import Int4
 from vila_edge.parameters import Shape, ShapeOps, is_quantised
-from vila_edge.tensorfile import DTYPES, Spec
+from vila_edge.tensorfile import DTYPES, Spec, write_stream
 
 INDEX = "model.safetensors.index.json"
 
@@ -77,9 +76,9 @@ def write_autoawq(
         for number, names in enumerate(files, 1):
             file = f"model-{number:05}-of-{len(files):05}.safetensors"
             specs = {part: spec for name in names for part, spec in _specs(name, shapes[name], source.group_size)}
-            _write_file(folder / file, specs, (pair for name in names for pair in _tensors(name, source)))
+            write_stream(folder / file, specs, _reader(names, source), {"format": "pt"})  # transformers asks for it
             weight_map |= dict.fromkeys(specs, file)
-            total += sum(_nbytes(spec) for spec in specs.values())
+            total += sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         fsio.write_bytes(folder / INDEX, fsio.json_bytes(index))
 
@@ -165,13 +164,21 @@ def _files(shapes: dict[str, Shape]) -> list[list[str]]:
 
 
 def _specs(name: str, shape: Shape, group_size: int) -> list[tuple[str, Spec]]:
-    """Name, type and shape of what is stored for a parameter, in the order of `_tensors`."""
+    """Name, type and shape of what is stored for a parameter."""
     stored = name.removeprefix("llm.")
     if not is_quantised(name):
         return [(stored, ("F16", shape))]
     (rows, columns), groups = shape, shape[1] // group_size
     specs: list[Spec] = [("I32", (columns, rows // 8)), ("F16", (groups, rows)), ("I32", (groups, rows // 8))]
     return list(zip(packed_names("autoawq-gemm", stored.removesuffix(".weight")), specs, strict=True))
+
+
+def _reader(names: list[str], source: LlmWeights) -> Callable[[str], list[NDArray[Any]]]:
+    """Reads the tensors of a file: a block at once, large tables one by one."""
+    if any(map(is_quantised, names)):
+        tensors = dict(pair for name in names for pair in _tensors(name, source))
+        return lambda part: [tensors[part]]
+    return lambda part: [tensor for _, tensor in _tensors(f"llm.{part}", source)]
 
 
 def _tensors(name: str, source: LlmWeights) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -187,26 +194,3 @@ def _tensors(name: str, source: LlmWeights) -> Iterator[tuple[str, NDArray[Any]]
     if not np.isfinite(half).all():
         raise ParityError(f"{name}: its largest value {np.abs(values).max():.4g} does not fit into 16 bits (65504)")
     yield stored, half
-
-
-def _write_file(path: Path, specs: dict[str, Spec], tensors: Iterator[tuple[str, NDArray[Any]]]) -> None:
-    """A safetensors file of tensors that come one after the other, in the order of `specs`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    position = 0
-    for name, spec in specs.items():
-        end = position + _nbytes(spec)
-        header[name] = {"dtype": spec[0], "shape": list(spec[1]), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with fsio.new_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (name, array), (expected, (dtype, shape)) in zip(tensors, specs.items(), strict=True):
-            found = (name, array.dtype, array.shape)
-            if found != (expected, DTYPES[dtype], shape):
-                raise CheckpointError(f"{name}: {array.dtype} {list(array.shape)}, expected {dtype} {list(shape)}")
-            file.write(np.ascontiguousarray(array).data)
-
-
-def _nbytes(spec: Spec) -> int:
-    return math.prod(spec[1]) * DTYPES[spec[0]].itemsize
