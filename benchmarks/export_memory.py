@@ -53,7 +53,12 @@ def main(
                 "digest": manifest["digest"],
             }
         )
-    report = {"bare_mib": bare, "calibration_tokens": calibration_tokens, "exports": rows, "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    report = {
+        "bare_mib": bare,
+        "calibration_tokens": calibration_tokens,
+        "exports": rows,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
     table = Table(title=f"int4 export, VILA1.5-3B dimensions; interpreter with torch alone: {bare:.0f} MiB")
     for column in ("layers", "peak above that, MiB", "seconds", "bundle / parameters"):
         table.add_column(column, justify="right")

@@ -53,8 +53,11 @@ def params() -> dict[str, torch.Tensor]:
     return {f"llm.{name}": torch.from_numpy(file.float32(name)) for name in file.entries}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.inference_mode()
-def test_the_search_leaves_no_more_error_than_the_originals(cfg: LlmConfig, params: dict[str, torch.Tensor]) -> None:
+def test_the_search_leaves_no_more_error_than_the_originals(
+    dtype: torch.dtype, cfg: LlmConfig, params: dict[str, torch.Tensor]
+) -> None:
     stored, packed = np.load(CASE / "awq.npz"), TorchFile(CASE / "tiny-w4-g128-awq-v2.pt")
     states = [params["llm.model.embed_tokens.weight"][row].numpy() for row in torch.from_numpy(stored["calib"])]
     ratios = {}
@@ -62,7 +65,7 @@ def test_the_search_leaves_no_more_error_than_the_originals(cfg: LlmConfig, para
         block = {name: value for name, value in params.items() if f".layers.{layer}." in name}
         with workers(1) as pool:
             seen = awq.observe(block, states, layer, cfg, pool)
-            quantised, states = awq.quantise_block(block, states, layer, cfg, Grid(128), pool)
+            quantised, states = awq.quantise_block(block, states, layer, cfg, Grid(128), pool, dtype)
         original = {}
         for key in stored.files:
             kind, _, names = key.partition("|")

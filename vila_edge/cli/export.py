@@ -42,6 +42,9 @@ def export(
     calibration_tokens: Annotated[
         int | None, typer.Option(help="Positions of the samples to search with, at most. Default: 2048.")
     ] = None,
+    search_dtype: Annotated[
+        str | None, typer.Option(help="float32 (the default) or bfloat16: faster where the CPU multiplies in it.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="awq (the default), or rtn: round to nearest.")] = None,
     gate: Annotated[
         list[str] | None, typer.Option(help="A limit of the parity gate, as in top1_agreement=0.95. Repeatable.")
@@ -91,6 +94,7 @@ def export(
         "vision": _one_of("--vision", vision, recipes.VISIONS),
         "calibration": calibration,
         "calibration_tokens": calibration_tokens,
+        "search_dtype": _one_of("--search-dtype", search_dtype, recipes.SEARCH_DTYPES),
         "name": name,
         "license_note": license_note,
     }

@@ -60,18 +60,25 @@ class Activations:
 
 
 def quantise_block(
-    block: Params, states: Sequence[States], layer: int, cfg: LlmConfig, grid: Grid, pool: Workers
+    block: Params,
+    states: Sequence[States],
+    layer: int,
+    cfg: LlmConfig,
+    grid: Grid,
+    pool: Workers,
+    search_dtype: torch.dtype = torch.float32,
 ) -> tuple[QuantisedBlock, list[States]]:
     """A decoder block after AWQ, and the unquantised block's outputs.
 
     block: its parameters in float32, on the device to compute on. states: the calibration set as the block sees
-    it, sequences [S, D]. Raises ValueError if a linear's inputs are no whole number of groups.
+    it, sequences [S, D]. search_dtype: of the products by which scales are compared; the original's has 16 bits.
+    Raises ValueError if a linear's inputs are no whole number of groups.
     """
     seen = observe(block, states, layer, cfg, pool)
     scaled, scales = dict(block), dict[str, NDArray[np.float32]]()
     for group in scale_groups(layer, cfg):
         x = seen.inputs[group.linears[0]]
-        scale = search_scales(group, block, x, grid, pool)
+        scale = search_scales(group, block, x, grid, pool, search_dtype)
         apply_scales(group, scale, scaled)
         scales |= dict.fromkeys(group.linears, scale.cpu().numpy())
         x[:] = pool.map(scale.reciprocal().mul, x)
@@ -113,13 +120,13 @@ def scale_groups(layer: int, cfg: LlmConfig) -> list[ScaleGroup]:
     attention, mlp = f"{p}.self_attn", f"{p}.mlp"
 
     def run_attention(params: Params, x: Tensor) -> Tensor:
-        return architecture.self_attention(TorchOps(params), x[None], layer, cfg)[0]
+        return architecture.self_attention(_SearchOps(params), x[None], layer, cfg)[0]
 
     def run_mlp(params: Params, x: Tensor) -> Tensor:
-        return architecture.mlp(TorchOps(params), x, layer, cfg)
+        return architecture.mlp(_SearchOps(params), x, layer, cfg)
 
     def run_linear(name: str) -> Callable[[Params, Tensor], Tensor]:
-        return lambda params, x: F.linear(x, params[f"{name}.weight"])
+        return lambda params, x: _SearchOps(params).linear(x, name, cfg.hidden_size, bias=False)
 
     qkv = tuple(f"{attention}.{part}_proj" for part in "qkv")
     groups = [ScaleGroup(qkv, f"{p}.input_layernorm.weight", run_attention)]
@@ -133,12 +140,20 @@ def scale_groups(layer: int, cfg: LlmConfig) -> list[ScaleGroup]:
     return groups
 
 
-def search_scales(group: ScaleGroup, block: Params, x: Sequence[Tensor], grid: Grid, pool: Workers) -> Tensor:
+def search_scales(
+    group: ScaleGroup,
+    block: Params,
+    x: Sequence[Tensor],
+    grid: Grid,
+    pool: Workers,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Scales [K] of the shared input: mean |x| to the power that leaves the least squared error."""
     tokens = sum(len(sequence) for sequence in x)
     magnitude = torch.stack(list(pool.map(lambda sequence: sequence.abs().sum(0), x))).sum(0) / tokens
-    want = list(pool.map(lambda sequence: group.run(block, sequence), x))
-    rounded = dict(block) | {f"{name}.weight": torch.empty_like(block[f"{name}.weight"]) for name in group.linears}
+    part = {name: value.to(dtype) if name.endswith("_proj.weight") else value for name, value in block.items()}
+    want = list(pool.map(lambda sequence: group.run(part, sequence), x))
+    rounded = part | {f"{name}.weight": torch.empty_like(part[f"{name}.weight"]) for name in group.linears}
     best, best_error = torch.ones_like(magnitude), float("inf")
     for ratio in RATIOS:
         scale = magnitude.pow(ratio).clamp(min=MIN_CHANNEL_SCALE)
@@ -204,13 +219,30 @@ def _round_scaled(weight: Tensor, scale: Tensor, grid: Grid, out: Tensor, pool: 
 
     def rows(start: int) -> None:
         chunk = slice(start, start + CHUNK_ROWS)
-        torch.div(grid.round(weight[chunk] * scale), scale, out=out[chunk])
+        out[chunk] = grid.round(weight[chunk] * scale).div_(scale)
 
     pool.each(rows, range(0, len(weight), CHUNK_ROWS))
 
 
 def _squared_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).square_().sum())
+
+
+class _SearchOps(TorchOps):
+    """Products in the weights' type; in float32 by oneDNN, which is faster on CPUs that MKL does not favour."""
+
+    def linear(self, x: Tensor, name: str, out: int, bias: bool = True) -> Tensor:
+        weight, added = self.params[f"{name}.weight"], self.params[f"{name}.bias"] if bias else None
+        if weight.dtype != x.dtype:
+            product = F.linear(x.to(weight.dtype), weight).to(x.dtype)
+            return product if added is None else product + added
+        if _ONEDNN_LINEAR is None or x.device.type != "cpu":
+            return F.linear(x, weight, added)
+        product = _ONEDNN_LINEAR(x, weight, added, "none", [], "")
+        return product
+
+
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 class _RecordingOps(TorchOps):

@@ -168,7 +168,8 @@ class Export:
         grid = Grid(plan.storage.group_size, plan.storage.symmetric)
         block = self.source.layer(f"{architecture.LLM}.layers.{layer}.")
         block = {name: value.to(self.device) for name, value in block.items()}
-        quantised, states = quantise_block(block, read_states(before), layer, self.cfg.llm, grid, self.pool)
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.search_dtype]
+        quantised, states = quantise_block(block, read_states(before), layer, self.cfg.llm, grid, self.pool, dtype)
         write_layer(folder, plan, layer_file(layer), quantised.floats, quantised.linears)
         if after:
             write_states(after, states, [len(x) for x in states], self.cfg.llm.hidden_size)

@@ -28,6 +28,8 @@ QUANTIZATIONS: tuple[Quantization, ...] = ("int4", "fp16", "fp32")
 LmHead = Literal["auto", "fp16", "int8", "int4"]
 LM_HEADS: tuple[LmHead, ...] = ("auto", "fp16", "int8", "int4")
 VISIONS: tuple[Literal["fp16", "int8"], ...] = ("fp16", "int8")
+SearchDtype = Literal["float32", "bfloat16"]
+SEARCH_DTYPES: tuple[SearchDtype, ...] = ("float32", "bfloat16")
 METHODS: tuple[Literal["awq", "rtn"], ...] = ("awq", "rtn")
 
 # Where recipes lie: in an installed package, and in a checkout.
@@ -50,6 +52,7 @@ class Recipe:
     vision: Literal["fp16", "int8"] = "fp16"
     calibration: Path | None = None  # a folder of samples; None takes the built-in ones
     calibration_tokens: int = 2048  # positions that are searched with, at most
+    search_dtype: SearchDtype = "float32"  # bfloat16 is faster on CPUs that multiply in it, and as good in practice
     name: str = ""  # of the model; by default the checkpoint's folder
     license_note: str = ""
     gate: Gate = field(default_factory=Gate)

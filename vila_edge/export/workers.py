@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -27,18 +28,21 @@ class Workers:
         self._pool = ThreadPoolExecutor(threads)
 
     def map(self, work: Callable[[A], B], pieces: Iterable[A]) -> Generator[B, None, None]:
-        """`work` of each piece, in order. Closing it drops the pieces that nobody began."""
-        futures = deque(self._pool.submit(_run, work, piece) for piece in pieces)
-        return self._results(futures)
-
-    def _results(self, futures: deque[Future[B]]) -> Generator[B, None, None]:
+        """`work` of each piece, in order. Few pieces are taken ahead; closing it drops those that nobody began."""
+        left = iter(pieces)
+        futures = deque(self._submit(work, islice(left, 2 * self.threads)))
         try:
             while futures:
-                yield futures.popleft().result()
+                result = futures.popleft().result()
+                futures.extend(self._submit(work, islice(left, 1)))
+                yield result
         finally:
             for future in futures:
                 future.cancel()
             wait(futures)  # what was begun still uses its inputs
+
+    def _submit(self, work: Callable[[A], B], pieces: Iterable[A]) -> list[Future[B]]:
+        return [self._pool.submit(_run, work, piece) for piece in pieces]
 
     def each(self, work: Callable[[A], None], pieces: Iterable[A]) -> None:
         """Run all pieces to their end."""
