@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +71,9 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
         """Raises BundleError that names the file if anything is missing, added or changed."""
         folder = Path(path)
-        manifest = _read_manifest(folder)
-        _check_files(folder, manifest.files)
+        manifest = read_manifest(folder)
+        for _, problem in file_problems(folder, manifest.files):
+            raise problem
         return cls(folder, manifest)
 
     @property
@@ -115,7 +116,8 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(fsio.json_bytes(rest)).hexdigest()
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """What a bundle says of itself; its files are not looked at. Raises BundleError."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(
@@ -147,34 +149,54 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(error.message, _EXPORT_AGAIN) from None
 
 
-def _check_files(folder: Path, entries: Mapping[str, FileEntry]) -> None:
-    """Names, kinds and sizes of all files first, then their content."""
+def file_problems(
+    folder: Path, entries: Mapping[str, FileEntry], contents: bool = True
+) -> Iterator[tuple[str, BundleError]]:
+    """Each file that is not what the manifest says, by name: names, kinds and sizes of all first, then `contents`."""
+    sound = dict[str, FileEntry]()
     for name, entry in entries.items():
-        path = folder / name
-        if not _NAME.fullmatch(name):
-            raise BundleError(f"{folder / MANIFEST}: {name!r} is not the name of a bundle's file", _EXPORT_AGAIN)
-        if path.is_symlink() or any(parent.is_symlink() for parent in list(path.parents)[: name.count("/")]):
-            raise BundleError(f"{path}: a link, expected a file of the bundle itself", _COPY_AGAIN)
-        if not path.is_file():
-            raise BundleError(f"{path}: missing from the bundle", _COPY_AGAIN)
-        size = path.stat().st_size
-        if size != entry.size:
-            raise BundleError(f"{path}: {size:,} bytes, the manifest says {entry.size:,}", _COPY_AGAIN)
+        problem = _kind_problem(folder, name, entry)
+        if problem:
+            yield name, problem
+        else:
+            sound[name] = entry
     for name in _walk(folder):
         if name not in entries and name != MANIFEST:
-            raise BundleError(f"{folder / name}: not listed in the manifest", "remove it, or copy the bundle again")
+            yield (
+                name,
+                BundleError(f"{folder / name}: not listed in the manifest", "remove it, or copy the bundle again"),
+            )
+    if not contents:
+        return
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda name: _sha256(folder / name), entries)
-        for (name, entry), digest in zip(entries.items(), digests, strict=True):
-            if digest != entry.sha256:
-                raise BundleError(f"{folder / name}: changed since the export (sha256 differs)", _COPY_AGAIN)
+        digests = pool.map(lambda name: _sha256(folder / name), sound)
+        for (name, entry), digest in zip(sound.items(), digests, strict=True):
+            if isinstance(digest, BundleError):
+                yield name, digest
+            elif digest != entry.sha256:
+                yield name, BundleError(f"{folder / name}: changed since the export (sha256 differs)", _COPY_AGAIN)
 
 
-def _sha256(path: Path) -> str:
+def _kind_problem(folder: Path, name: str, entry: FileEntry) -> BundleError | None:
+    """What is wrong with a file before it is read."""
+    path = folder / name
+    if not _NAME.fullmatch(name):
+        return BundleError(f"{folder / MANIFEST}: {name!r} is not the name of a bundle's file", _EXPORT_AGAIN)
+    if path.is_symlink() or any(parent.is_symlink() for parent in list(path.parents)[: name.count("/")]):
+        return BundleError(f"{path}: a link, expected a file of the bundle itself", _COPY_AGAIN)
+    if not path.is_file():
+        return BundleError(f"{path}: missing from the bundle", _COPY_AGAIN)
+    size = path.stat().st_size
+    if size != entry.size:
+        return BundleError(f"{path}: {size:,} bytes, the manifest says {entry.size:,}", _COPY_AGAIN)
+    return None
+
+
+def _sha256(path: Path) -> str | BundleError:
     try:
         return fsio.sha256(path)
     except OSError as error:
-        raise BundleError(f"{path}: {error.strerror or error}", _COPY_AGAIN) from None
+        return BundleError(f"{path}: {error.strerror or error}", _COPY_AGAIN)
 
 
 def _walk(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from vila_edge.cli import chat, demo, export, parity, pull
+from vila_edge.cli import chat, demo, export, parity, pull, show, verify
 from vila_edge.cli.console import print_error
 from vila_edge.cli.interrupt import INTERRUPTED
 from vila_edge.errors import VilaEdgeError
@@ -28,6 +28,8 @@ app.command()(export.export)
 app.command()(chat.chat)
 app.command()(parity.parity)
 app.command()(pull.pull)
+app.command()(show.show)
+app.command()(verify.verify)
 
 
 @app.callback(invoke_without_command=True)
