@@ -108,14 +108,16 @@ def _session(bundle: Bundle, graph: str, threads: int) -> Any:
     return session(data, weights, path, threads)
 
 
-def session(graph: bytes, weights: Path, source: Path, threads: int) -> Any:
+def session(graph: bytes, weights: Path, source: Path, threads: int, arena: bool = True) -> Any:
     """A serialised graph, loaded: onnxruntime is told the folder of the weights and opens no other path.
 
+    Without an `arena` it gives back what it does not need, and is slower.
     Raises BackendError that names `source` if it does not load.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = arena
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     try:
         return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -18,6 +18,7 @@ from vila_edge.config import VilaConfig
 from vila_edge.engine.onnx_file import check_external_data
 from vila_edge.engine.onnxruntime import DIALECT, GRAPH_SIZE_LIMIT, session
 from vila_edge.errors import BundleError
+from vila_edge.export.workers import release_memory
 
 Array = NDArray[np.float32]
 
@@ -55,9 +56,10 @@ class SlicedGraph:
 
     def load(self, index: int) -> Slice:
         """One slice with its weights: let go of it before the next."""
+        release_memory()
         begin, end = self._values[index : index + 2]
         part = _cut(self._model, begin, end)
-        return Slice(session(part, self._weights, self._path, threads=1), begin, end)
+        return Slice(session(part, self._weights, self._path, threads=1, arena=False), begin, end)
 
 
 def vision_slices(folder: Path, cfg: VilaConfig) -> SlicedGraph:
