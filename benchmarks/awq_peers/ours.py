@@ -1,9 +1,14 @@
-"""vila-edge's own search."""
+"""vila-edge's own search: scales and clipping. What observing and the search for scales took is noted apart.
+
+A tool that searches scales alone (llm-compressor) is to be compared with that.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,7 +17,7 @@ from torch import Tensor
 from benchmarks.awq_peers.common import LINEARS, NORMS, Job, Measured, finish, measure, read_job
 from vila_edge import architecture
 from vila_edge.config import LlmConfig, RopeConfig
-from vila_edge.export.awq import quantise_block
+from vila_edge.export import awq
 from vila_edge.export.grid import Grid
 from vila_edge.export.workers import workers
 
@@ -25,16 +30,30 @@ def main() -> None:
     params = {f"llm.{name}": value for name, value in load_file(job.folder / "model.safetensors").items()}
     with torch.inference_mode():
         hidden_states = params[f"{architecture.EMBED_TOKENS}.weight"][torch.tensor(job.ids)]
+        for name in ("observe", "search_scales"):
+            setattr(awq, name, timed(getattr(awq, name), measured.notes))
         with measure(measured):
             block = quantise(params, hidden_states, cfg, job)
     finish(job, block, measured, ["vila-edge"])
+
+
+def timed(work: Callable[..., Any], notes: dict[str, float]) -> Callable[..., Any]:
+    """The same, with its seconds added to the notes."""
+
+    def run(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = work(*arguments)
+        notes["scales_alone_seconds"] = notes.get("scales_alone_seconds", 0.0) + time.perf_counter() - start
+        return result
+
+    return run
 
 
 def quantise(params: Mapping[str, Tensor], hidden_states: Tensor, cfg: LlmConfig, job: Job) -> dict[str, Tensor]:
     """The block's weights after the search: name inside the layer -> floats."""
     layer = {name: value for name, value in params.items() if name.startswith(f"{LAYER}.")}
     with workers(job.threads) as pool:
-        block, _ = quantise_block(
+        block, _ = awq.quantise_block(
             layer, list(hidden_states.numpy()), 0, cfg, Grid(job.group_size), pool, job.torch_dtype
         )
     weights = {f"{name}.weight": torch.from_numpy(block.floats[f"{LAYER}.{name}.weight"]) for name in NORMS}
