@@ -154,9 +154,10 @@ def test_kill_9_at_twenty_moments(tiny_checkpoint: Path, tmp_path: Path) -> None
     start = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole")], check=True)
     takes = time.monotonic() - start
-    rng, kills = random.Random(1), 0
+    rng, kills, rounds = random.Random(1), 0, 0
     while kills < 20:
-        target = tmp_path / f"b{kills}"
+        rounds += 1
+        target = tmp_path / f"b{rounds}"
         while not target.exists():
             process = subprocess.Popen([*command, str(target)])
             time.sleep(rng.uniform(0.3, 1.0) * takes)
