@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,9 +121,18 @@ def session(graph: bytes, weights: Path, source: Path, threads: int, arena: bool
     options.enable_cpu_mem_arena = arena
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        loaded = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base but this
         reason = str(error).replace(str(Path.cwd()), ".").strip().splitlines()[0]
         raise BackendError(
             f"onnxruntime {ort.__version__} cannot load {source}: {reason}", "vila-edge needs onnxruntime 1.23 or newer"
         ) from None
+    _trim_heap()
+    return loaded
+
+
+def _trim_heap() -> None:
+    """Give the copies that loading made back to the system: glibc alone keeps what was allocated in small pieces."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # another C library keeps less
+        trim(0)

@@ -26,12 +26,10 @@ PROGRAM = 100_000_000  # bytes: Python, numpy, onnxruntime and the command, with
 
 # onnxruntime keeps 4- and 8-bit weights packed anew; for each group a scale is kept twice, and a sum once.
 GROUP_BYTES = 3 * FLOAT
-# Other weights are widened to float32, transposed, and packed: a copy is left over. What it takes while it loads,
-# as a part of the weights; allocations of less than 32 MiB come from a heap that glibc does not give back.
+# Other weights are widened to float32, transposed, and packed: copies are left over until the graph is loaded.
+# As a part of the weights; matrices of less than 32 MiB come from glibc's heap, larger ones straight from the system.
 LEFT_OVER, LEFT_OVER_FP32 = 1.2, 0.25  # the latter for small weights that are stored in float32
 HEAP_LIMIT = 32 << 20  # bytes, M_MMAP_THRESHOLD's maximum
-# Of the heap so much can be used again at most: by the weights of the next graph, and by a part of the activations.
-HEAP_USABLE, HEAP_ACTIVATIONS = 0.75, 0.5
 # Prefill, a position: numbers for each of the hidden and the intermediate width. Fits 8 sizes within 12 %.
 PREFILL_HIDDEN, PREFILL_INTERMEDIATE, PREFILL_BASE = 21.0, 3.3, 14_000_000
 # Before 1.29 (measured on 1.23, 1.24 and 1.27) attention also keeps scores, here so many for a head and new position:
@@ -47,7 +45,7 @@ class Memory:
     backend: Backend
     context: int
     weights: int
-    loading: int  # above the weights: copies made while loading, as far as they are not used again
+    loading: int  # above the weights, while a graph is loaded: copies of them
     kv_cache: int
     prefill: int
     images: int
@@ -99,15 +97,11 @@ def _onnxruntime(
     cfg: VilaConfig, parts: Mapping[str, Part], context: int, chunk: int, tiles: int, installed: tuple[int, int]
 ) -> Memory:
     llm, tower = cfg.llm, cfg.vision_tower
-    weights = heap = peak = 0.0
+    weights = peak = 0.0
     for graph in ("vision_tower", "mm_projector", "llm"):  # in the order of loading
         mine = [part for part in parts.values() if component(part.name) == graph and _in_a_graph(part, cfg)]
-        held = sum(map(_packed_bytes, mine))
-        kept, passing = _left_over(mine)
-        reused = _reused(heap, held)
-        weights += held
-        peak = max(peak, weights + heap - reused + kept + passing)
-        heap += kept - reused
+        weights += sum(map(_packed_bytes, mine))
+        peak = max(peak, weights + _left_over(mine))
     weights += llm.context_length * llm.head_dim * FLOAT  # the rotary tables, cosines and sines
     kv_cache = kv_cache_bytes(cfg, context)
     hidden, intermediate = PREFILL_HIDDEN * llm.hidden_size, PREFILL_INTERMEDIATE * llm.intermediate_size
@@ -118,9 +112,9 @@ def _onnxruntime(
     seen = 2 * tower.num_attention_heads * tower.num_features**2  # scores of attention
     widths = tower.num_features * (4 * tower.hidden_size + 3 * tower.intermediate_size)
     images = IMAGE_AGAIN * tiles * (seen + widths) * FLOAT
-    loading = heap - _reused(heap, HEAP_ACTIVATIONS * (prefill + images))
-    total = PROGRAM + max(peak, weights + loading + kv_cache + prefill + images)
-    return _memory("onnxruntime", context, weights, max(loading, peak - weights), kv_cache, prefill, images, total)
+    loading = max(0.0, peak - weights)
+    total = PROGRAM + weights + max(loading, kv_cache + prefill + images)
+    return _memory("onnxruntime", context, weights, loading, kv_cache, prefill, images, total)
 
 
 def _numpy(cfg: VilaConfig, parts: Mapping[str, Part], context: int, chunk: int, tiles: int) -> Memory:
@@ -155,24 +149,18 @@ def _packed_bytes(part: Part) -> float:
     return groups * part.group_size * bits / 8 + groups * GROUP_BYTES + zeros
 
 
-def _left_over(parts: Iterable[Part]) -> tuple[float, float]:
-    """What is left over of a graph's matrices of floats: what the heap keeps, and what is given back after loading."""
-    kept = passing = mapped = 0.0
+def _left_over(parts: Iterable[Part]) -> float:
+    """Copies of a graph's matrices of floats, which are there until it is loaded."""
+    copies = mapped = 0.0
     for part in parts:
         size = part.numbers * FLOAT
         if part.group_size or len(part.shape) < 2:
             continue
-        if size < HEAP_LIMIT:
-            kept += (LEFT_OVER_FP32 if part.form == "fp32" else LEFT_OVER) * size
-        elif part.form == "fp32":  # the file itself is mapped, so there is a copy of one at a time
+        if part.form == "fp32" and size >= HEAP_LIMIT:  # the file itself is mapped, so there is a copy of one at a time
             mapped = max(mapped, LEFT_OVER * size)
         else:
-            passing += LEFT_OVER * size
-    return kept, passing + mapped
-
-
-def _reused(heap: float, asked: float) -> float:
-    return min(HEAP_USABLE * heap, asked)
+            copies += (LEFT_OVER_FP32 if part.form == "fp32" else LEFT_OVER) * size
+    return copies + mapped
 
 
 def _memory(backend: Backend, context: int, *sizes: float) -> Memory:
