@@ -75,10 +75,12 @@ PROGRAM_TEXT = """
 import sys
 import numpy as np
 from vila_edge import pipeline
+from vila_edge.backends import open_engine
 from vila_edge.bundle import Bundle
 
 bundle, backend, context, tiles = Bundle.open(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-engine, cfg, rng = pipeline._engine(bundle, backend, 2), bundle.config, np.random.default_rng(0)
+kv_cache = "int8" if backend.endswith("int8") else "float32"
+engine, cfg, rng = open_engine(bundle, backend.split(",")[0], 2, kv_cache), bundle.config, np.random.default_rng(0)
 for _ in range(2 if tiles else 0):
     side = cfg.vision_tower.image_size
     engine.project(engine.encode_images(rng.standard_normal((tiles, 3, side, side), np.float32)))

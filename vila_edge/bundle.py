@@ -30,6 +30,7 @@ TOKENIZER = "tokenizer.json"
 WEIGHTS = "weights"
 GRAPHS = "graphs"
 EMBED_TOKENS_FILE = f"{WEIGHTS}/embed_tokens.safetensors"  # looked up outside of the graphs
+KV_SCALES_FILE = f"{WEIGHTS}/kv_scales.safetensors"  # what a kv_cache in 8 bits needs
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*")
 _EXPORT_AGAIN = "export the checkpoint again with this version of vila-edge"

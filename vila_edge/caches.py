@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vila_edge.errors import ContextError
+
 FloatArray = NDArray[np.float32]
 
 
@@ -53,3 +55,11 @@ class Prefix:
         self.cache.truncate(common)
         del self.keys[common:]
         return common
+
+
+def check_room(length: int, new: int, capacity: int) -> int:
+    """How many positions a kv_cache has in use once `new` ones are behind its `length`. Raises ContextError."""
+    total = length + new
+    if total > capacity:
+        raise ContextError(f"{total} positions do not fit into a kv_cache of {capacity}")
+    return total

@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from vila_edge import architecture, fsio
-from vila_edge.bundle import GRAPHS, MANIFEST, TOKENIZER, WEIGHTS, Manifest, file_problems, read_manifest
+from vila_edge.bundle import (
+    GRAPHS,
+    KV_SCALES_FILE,
+    MANIFEST,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+    file_problems,
+    read_manifest,
+)
 from vila_edge.engine.onnx_file import check_external_data, external_data
 from vila_edge.engine.onnxruntime import DIALECT, GRAPH_SIZE_LIMIT
 from vila_edge.errors import BundleError, InputError
@@ -24,11 +33,12 @@ from vila_edge.tensorfile import TensorEntry, TensorFile
 from vila_edge.tokenizer import Tokenizer
 
 CHECKS = ("manifest", "files", "parameters", "values", "graphs", "tokenizer", "size")
-GRAPH_NAMES = ("vision_tower", "mm_projector", "decoder")
+TOWER_GRAPHS = ("vision_tower", "mm_projector")
+DECODER_GRAPHS = ("decoder", "decoder_float16", "decoder_int8")  # the last where the bundle has scales for it
 PIECE = 1 << 22  # numbers that are looked at together
 
 _USES = re.compile(
-    rf"{re.escape(TOKENIZER)}|{WEIGHTS}/[^/]+\.safetensors|{GRAPHS}/[^/]+/({'|'.join(GRAPH_NAMES)})\.onnx"
+    rf"{re.escape(TOKENIZER)}|{WEIGHTS}/[^/]+\.safetensors|{GRAPHS}/[^/]+/({'|'.join(TOWER_GRAPHS + DECODER_GRAPHS)})\.onnx"
 )
 _EXPORT_AGAIN = "every byte is as it was exported, so a copy does not help: export the checkpoint again"
 
@@ -148,16 +158,16 @@ class Inspector:
         dialects = sorted({DIALECT} | {name.split("/")[1] for name in names if name.count("/") == 2})
         problems: list[Problem] = []
         skipped, references = self._skipped(GRAPHS), 0
+        decoders = DECODER_GRAPHS if KV_SCALES_FILE in self.manifest.files else DECODER_GRAPHS[:-1]
         for dialect in dialects:
-            used, complete = set[tuple[str, int]](), True
-            for graph in (f"{GRAPHS}/{dialect}/{name}.onnx" for name in GRAPH_NAMES):
-                places, found = self._graph(graph)
-                used |= places
+            used: dict[str, set[tuple[str, int]]] = {}
+            for graph in TOWER_GRAPHS + decoders:
+                used[graph], found = self._graph(f"{GRAPHS}/{dialect}/{graph}.onnx")
                 problems += found
-                complete &= bool(places)
-            references += len(used)
-            if complete:
-                problems += self._unused(dialect, used)
+            references += len(set().union(*used.values()))
+            if all(used.values()):
+                towers = set().union(*(used[graph] for graph in TOWER_GRAPHS))
+                problems += (problem for name in decoders for problem in self._unused(dialect, towers | used[name]))
         note = f"{', '.join(dialects)}: {references} places in the weights, each a whole tensor"
         return Check("graphs", note, tuple(problems), skipped or self._skipped(WEIGHTS))
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from vila_edge import int4, int8, stored
+from vila_edge import int4, int8, kv_scales, stored
 from vila_edge.architecture import EMBED_TOKENS
 from vila_edge.bundle import EMBED_TOKENS_FILE
 from vila_edge.config import VilaConfig
@@ -72,7 +72,7 @@ def take_inventory(cfg: VilaConfig, files: Files) -> Inventory:
                 found.problems.append((file, f"tensor {tensor!r} is in {places[tensor][0]} too"))
             places.setdefault(tensor, (file, entry))
     quantisable = {f"{name}.weight" for name in linears(cfg)}
-    unused = places.keys() - set(ROPE_TABLES)
+    unused = places.keys() - _other_tensors(cfg).keys()
     for name, shape in shapes.items():
         candidates = _candidates(name, name in quantisable) & places.keys()
         if not candidates:
@@ -89,7 +89,7 @@ def take_inventory(cfg: VilaConfig, files: Files) -> Inventory:
         else:
             found.parts[name] = part
     found.problems += ((places[tensor][0], f"tensor {tensor!r}: no parameter needs it") for tensor in sorted(unused))
-    found.problems += _rope_problems(cfg, places)
+    found.problems += _other_problems(cfg, places)
     table = found.parts.get(f"{EMBED_TOKENS}.weight")
     if table and table.file != EMBED_TOKENS_FILE:
         found.problems.append(
@@ -180,8 +180,13 @@ def _tensor_problem(tensor: str, spec: Spec, file: str, places: Mapping[str, tup
     return "" if place == file else f"{tensor} is in {place}, expected beside the rest of the parameter"
 
 
-def _rope_problems(cfg: VilaConfig, places: Mapping[str, tuple[str, TensorEntry]]) -> Iterator[tuple[str, str]]:
-    spec = ("F32", (cfg.llm.context_length, cfg.llm.head_dim // 2))
-    for table in ROPE_TABLES:
-        if table in places and (problem := _tensor_problem(table, spec, places[table][0], places)):
-            yield places[table][0], problem
+def _other_tensors(cfg: VilaConfig) -> dict[str, Spec]:
+    """What graphs need beside the parameters, and may be there or not."""
+    table = ("F32", (cfg.llm.context_length, cfg.llm.head_dim // 2))
+    return dict.fromkeys(ROPE_TABLES, table) | kv_scales.specs(cfg.llm)
+
+
+def _other_problems(cfg: VilaConfig, places: Mapping[str, tuple[str, TensorEntry]]) -> Iterator[tuple[str, str]]:
+    for tensor, spec in _other_tensors(cfg).items():
+        if tensor in places and (problem := _tensor_problem(tensor, spec, places[tensor][0], places)):
+            yield places[tensor][0], problem

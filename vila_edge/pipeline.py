@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from vila_edge.backends import open_engine
 from vila_edge.bundle import Bundle
 from vila_edge.caches import ImageCache, Prefix
 from vila_edge.config import VilaConfig
@@ -28,13 +29,11 @@ from vila_edge.prompt import (
     few_shot,
     place_media,
 )
-from vila_edge.reference.engine import bundle_parameters, numpy_engine
 from vila_edge.sampler import Sampler, Sampling
 from vila_edge.timing import Timings
 from vila_edge.tokenizer import Tokenizer
 from vila_edge.visual import Medium, Visual, look, plan, slot_embeds, splice
 
-BACKENDS = ("auto", "onnxruntime", "numpy")
 PREFILL_CHUNK = 512  # positions per call of a long prefill: bounds the memory of activations
 
 FloatArray = NDArray[np.float32]
@@ -103,7 +102,7 @@ class Pipeline:
         context: int = 0,
         bundle_digest: str = "",
     ) -> None:
-        """`context`: positions of a conversation, at most (and by default) what the model was made for.
+        """`context`: positions of a conversation, at most what the model was made for, by default what `engine` can.
 
         Raises UsageError if it is out of range, InputError if the tokenizer is not the model's.
         """
@@ -112,7 +111,7 @@ class Pipeline:
             raise UsageError(f"a context of {context} positions: this model has 1 to {longest:,}")
         tokenizer.check_rows(config.llm.vocab_size)
         self.name, self.config, self.tokenizer, self.engine = name, config, tokenizer, engine
-        self.context = context or longest
+        self.context = context or min(longest, engine.max_context)
         self.bundle_digest = bundle_digest
         stops = (tokenizer.control_id(token) for token in config.profile.stop_tokens)
         self.stop_ids = frozenset(stop for stop in stops if stop is not None)
@@ -262,23 +261,17 @@ def _count(visuals: Sequence[Visual]) -> str:
 
 
 def load(
-    bundle: str | os.PathLike[str], backend: str = "auto", threads: int | None = None, context: int = 0
+    bundle: str | os.PathLike[str],
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int = 0,
+    kv_cache: str = "float32",
 ) -> Pipeline:
-    """A pipeline for a bundle, on the chosen backend (`auto` takes onnxruntime on the CPU).
+    """A pipeline for a bundle, on the chosen backend: see `backends.open_engine`.
 
     Every file is checked against the manifest first. Raises BundleError, BackendError or UsageError.
     """
     opened = Bundle.open(bundle)
     tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"), opened.config.tokenizer)
-    engine = _engine(opened, backend, threads)
+    engine = open_engine(opened, backend, threads, kv_cache, context)
     return Pipeline(opened.manifest.name, opened.config, tokenizer, engine, context, opened.manifest.digest)
-
-
-def _engine(bundle: Bundle, backend: str, threads: int | None) -> Engine:
-    if backend == "numpy":
-        return numpy_engine(bundle.config, bundle_parameters(bundle))
-    if backend in ("auto", "onnxruntime"):
-        from vila_edge.engine.onnxruntime import OnnxruntimeEngine
-
-        return OnnxruntimeEngine(bundle, threads)
-    raise UsageError(f"unknown backend {backend!r}", f"known backends: {', '.join(BACKENDS)}")

@@ -43,8 +43,8 @@ def show(
 
 def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes. Raises BundleError or UsageError."""
-    from vila_edge.bundle import WEIGHTS, file_problems, read_manifest
-    from vila_edge.engine.plan import largest_context, plan, tiles_at_once
+    from vila_edge.bundle import KV_SCALES_FILE, WEIGHTS, file_problems, read_manifest
+    from vila_edge.engine.plan import Backend, largest_context, plan, tiles_at_once
     from vila_edge.inventory import take_inventory
     from vila_edge.pipeline import PREFILL_CHUNK
     from vila_edge.tensorfile import TensorFile
@@ -64,9 +64,12 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
         raise BundleError(f"{bundle}: {wrong[0]}", f"{PROGRAM} verify {bundle} shows all that is wrong")
     contexts = [ctx_size] if ctx_size else sorted({min(context, longest) for context in (*CONTEXTS, longest)})
     tiles = tiles_at_once(cfg, TOWER_BATCH)
+    backends: list[Backend] = ["onnxruntime", "onnxruntime, int8", "numpy"]
+    if KV_SCALES_FILE not in manifest.files:
+        backends.remove("onnxruntime, int8")
     plans = [
         plan(cfg, inventory.parts, backend, context, PREFILL_CHUNK, tiles)
-        for backend in ("onnxruntime", "numpy")
+        for backend in backends
         for context in contexts
     ]
     available = available_memory()
@@ -201,7 +204,7 @@ def _size_table(size: dict[str, Any]) -> Table:
 
 
 def _memory_table(plans: list[dict[str, Any]]) -> Table:
-    table = Table(title="memory, MB (a plan: docs/bundle.md)")
+    table = Table(title="memory, MB (a plan: docs/bundle.md); int8: a kv_cache in 8 bits")
     for column in ("backend", "context", "weights", "loading", "kv_cache", "prefill", "images", "peak", "fits here"):
         table.add_column(column, justify="left" if column == "backend" else "right")
     for row in plans:

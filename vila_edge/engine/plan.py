@@ -19,7 +19,7 @@ from vila_edge.config import VilaConfig
 from vila_edge.inventory import Part
 from vila_edge.parameters import component
 
-Backend = Literal["onnxruntime", "numpy"]
+Backend = Literal["onnxruntime", "onnxruntime, int8", "numpy"]
 
 FLOAT = 4  # bytes
 PROGRAM = 100_000_000  # bytes: Python, numpy, onnxruntime and the command, with a model of next to no size
@@ -63,9 +63,10 @@ def tiles_at_once(cfg: VilaConfig, batch: int) -> int:
     return min(tiles, batch)
 
 
-def kv_cache_bytes(cfg: VilaConfig, context: int) -> int:
-    """Keys and values of every layer in float32, for `context` positions."""
-    return sum(math.prod(binding.sized(capacity=context)) * FLOAT for binding in bindings.kv_cache(cfg))
+def kv_cache_bytes(cfg: VilaConfig, context: int, cache_type: bindings.CacheType = "float32") -> int:
+    """Keys and values of every layer, for `context` positions."""
+    number = FLOAT if cache_type == "float32" else 1
+    return sum(math.prod(binding.sized(capacity=context)) * number for binding in bindings.kv_cache(cfg))
 
 
 def plan(
@@ -77,7 +78,7 @@ def plan(
     tiles: int,
     onnxruntime: tuple[int, int] | None = None,
 ) -> Memory:
-    """The memory of a process that loads a bundle and answers.
+    """The memory of a process that loads a bundle and answers. A `backend` may end with the type of its kv_cache.
 
     `context`: positions that there is room for; `chunk`: positions of a prefill at a time; `tiles`: of an image, at a
     time, 0 for text alone; `onnxruntime`: its version, by default the one that is installed.
@@ -85,7 +86,7 @@ def plan(
     chunk = min(chunk, context)
     if backend == "numpy":
         return _numpy(cfg, parts, context, chunk, tiles)
-    return _onnxruntime(cfg, parts, context, chunk, tiles, onnxruntime or _installed())
+    return _onnxruntime(cfg, parts, backend, context, chunk, tiles, onnxruntime or _installed())
 
 
 def _installed() -> tuple[int, int]:
@@ -94,7 +95,13 @@ def _installed() -> tuple[int, int]:
 
 
 def _onnxruntime(
-    cfg: VilaConfig, parts: Mapping[str, Part], context: int, chunk: int, tiles: int, installed: tuple[int, int]
+    cfg: VilaConfig,
+    parts: Mapping[str, Part],
+    backend: Backend,
+    context: int,
+    chunk: int,
+    tiles: int,
+    installed: tuple[int, int],
 ) -> Memory:
     llm, tower = cfg.llm, cfg.vision_tower
     weights = peak = 0.0
@@ -103,7 +110,7 @@ def _onnxruntime(
         weights += sum(map(_packed_bytes, mine))
         peak = max(peak, weights + _left_over(mine))
     weights += llm.context_length * llm.head_dim * FLOAT  # the rotary tables, cosines and sines
-    kv_cache = kv_cache_bytes(cfg, context)
+    kv_cache = kv_cache_bytes(cfg, context, "float32" if backend == "onnxruntime" else "int8")
     hidden, intermediate = PREFILL_HIDDEN * llm.hidden_size, PREFILL_INTERMEDIATE * llm.intermediate_size
     prefill = chunk * (hidden + intermediate) * FLOAT + PREFILL_BASE
     if installed < SCORES_BEFORE:
@@ -114,7 +121,7 @@ def _onnxruntime(
     images = IMAGE_AGAIN * tiles * (seen + widths) * FLOAT
     loading = max(0.0, peak - weights)
     total = PROGRAM + weights + max(loading, kv_cache + prefill + images)
-    return _memory("onnxruntime", context, weights, loading, kv_cache, prefill, images, total)
+    return _memory(backend, context, weights, loading, kv_cache, prefill, images, total)
 
 
 def _numpy(cfg: VilaConfig, parts: Mapping[str, Part], context: int, chunk: int, tiles: int) -> Memory:

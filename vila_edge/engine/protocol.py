@@ -57,6 +57,11 @@ class Engine(Encoder, Protocol):
         """What runs, for people: name, version, device and threads."""
         ...
 
+    @property
+    def max_context(self) -> int:
+        """Positions of the longest kv_cache that it can make."""
+        ...
+
     def new_cache(self, capacity: int) -> Any:
         """An empty KVCache of this engine's own kind."""
         ...

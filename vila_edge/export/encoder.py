@@ -36,6 +36,10 @@ class WatchingOps(TorchOps):
         self.largest = float(np.maximum(self.largest, float(x.abs().max())))  # what is not a number stays
         return x
 
+    def largest_cached(self, layer: int) -> NDArray[np.float32]:
+        """Largest magnitudes of a layer's keys and values, as the kv_cache has them: [2, H_kv, dim]."""
+        return torch.stack([x[0].abs().amax(1) for x in self.kv_cache[layer]]).numpy()
+
 
 class CheckpointEncoder:
     """An `Encoder` on torch in float32; each image goes through alone, on a thread of its own."""

@@ -8,7 +8,7 @@ that all dialects share, standard operators of opset 21; a dialect overrides ver
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from vila_edge.bindings import Binding, GraphBindings
+from vila_edge.bindings import Activations, Binding, GraphBindings
 from vila_edge.config import Heads, RopeConfig, TokenOrder
 from vila_edge.parameters import Shape
 from vila_edge.tensorfile import TensorEntry
@@ -26,7 +26,13 @@ from vila_edge.version import __version__
 OPSET = 21  # onnxruntime 1.23, the last for Python 3.10, reads these
 IR_VERSION = 10
 
-_ONNX_TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
+ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
 _STORED_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
 
 
@@ -39,9 +45,11 @@ class StoredTensor:
 
 
 class GraphOps:
-    """Writes one graph. Activations are float32; weights are cast to float32 where they are stored shorter."""
+    """Writes one graph. Weights are cast to the type of the activations where they are stored in another."""
 
+    opset, ir_version = OPSET, IR_VERSION
     contrib_opsets: tuple[tuple[str, int], ...] = ()
+    activations: Activations = "float32"
 
     def __init__(
         self, weights: Mapping[str, StoredTensor], bindings: GraphBindings, shapes: Mapping[str, Shape]
@@ -65,13 +73,16 @@ class GraphOps:
             [_value_info(b) for b in self.bindings.outputs],
             list(self.initializers.values()),
         )
-        opsets = [helper.make_opsetid(domain, version) for domain, version in (("", OPSET), *self.contrib_opsets)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vila-edge")
+        opsets = [helper.make_opsetid(domain, version) for domain, version in (("", self.opset), *self.contrib_opsets)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="vila-edge")
         model.producer_version = __version__
         return bytes(model.SerializeToString(deterministic=True))
 
     def output(self, value: str, name: str) -> None:
-        """Make a value an output of the graph."""
+        """Make a value an output of the graph, in the type of its binding."""
+        (binding,) = (b for b in self.bindings.outputs if b.name == name)
+        if binding.dtype != self.activations:
+            value = self.cast(value, binding.dtype)
         self.nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
         self.produced.add(name)
 
@@ -99,11 +110,19 @@ class GraphOps:
         self.initializers.setdefault(name, numpy_helper.from_array(array, name))
         return name
 
+    def number(self, value: float) -> str:
+        """A constant of the type of the activations."""
+        return self.constant(value, np.dtype(self.activations).type)
+
     def stored(self, name: str, shape: tuple[int, ...] | None = None) -> str:
         """A tensor of the weights as it is stored, seen with another shape of as many bytes if one is given."""
         tensor = self.weights[name]
-        proto = TensorProto(name=name, data_type=_STORED_TYPES[tensor.entry.dtype])
-        proto.dims.extend(shape or tensor.entry.shape)
+        return self.external(name, tensor, _STORED_TYPES[tensor.entry.dtype], shape or tensor.entry.shape)
+
+    def external(self, name: str, tensor: StoredTensor, data_type: int, shape: Sequence[int]) -> str:
+        """An initialiser whose bytes lie on the disk, read as `data_type` and `shape`."""
+        proto = TensorProto(name=name, data_type=data_type)
+        proto.dims.extend(shape)
         proto.data_location = TensorProto.EXTERNAL
         place = {"location": tensor.location, "offset": tensor.entry.offset, "length": tensor.entry.length}
         for key, value in place.items():
@@ -112,14 +131,25 @@ class GraphOps:
         return name
 
     def parameter(self, name: str, shape: tuple[int, ...] | None = None) -> str:
-        """A tensor of the weights in float32."""
+        """A tensor of the weights in the type of the activations."""
         stored = self.stored(name, shape)
-        if self.weights[name].entry.dtype == "F32":
+        wanted = ONNX_TYPES[self.activations]
+        if _STORED_TYPES[self.weights[name].entry.dtype] == wanted:
             return stored
         cast = f"{name}/Cast"
         if cast not in self.produced:
-            self.node("Cast", stored, name=name, to=TensorProto.FLOAT)
+            self.node("Cast", stored, name=name, to=wanted)
         return cast
+
+    def cast(self, x: str, dtype: str) -> str:
+        return self.node("Cast", x, to=ONNX_TYPES[dtype])
+
+    def in_float32(self, norm: Callable[[str, str, float], str], x: str, name: str, eps: float) -> str:
+        """A norm whose sums, constants and weights are float32, whatever goes in and comes out."""
+        self.activations = "float32"
+        y = norm(self.cast(x, "float32"), name, eps)
+        del self.activations  # back to what the class says
+        return self.cast(y, self.activations)
 
     # the verbs
 
@@ -151,16 +181,16 @@ class GraphOps:
         return self.node("LayerNormalization", x, weight, bias, name=name, epsilon=eps)
 
     def rms_norm(self, x: str, name: str, eps: float) -> str:
-        square = self.node("Pow", x, self.constant(2, np.float32), name=name)
+        square = self.node("Pow", x, self.number(2), name=name)
         mean = self.node("ReduceMean", square, self.constant([-1]), name=name)
-        root = self.node("Sqrt", self.node("Add", mean, self.constant(eps, np.float32), name=name), name=name)
+        root = self.node("Sqrt", self.node("Add", mean, self.number(eps), name=name), name=name)
         return self.node("Mul", self.node("Div", x, root, name=name), self.parameter(f"{name}.weight"), name=name)
 
     def gelu(self, x: str, approximate: Literal["none", "tanh"]) -> str:
         return self.node("Gelu", x, approximate=approximate)
 
     def quick_gelu(self, x: str) -> str:
-        return self.node("Mul", x, self.node("Sigmoid", self.node("Mul", x, self.constant(1.702, np.float32))))
+        return self.node("Mul", x, self.node("Sigmoid", self.node("Mul", x, self.number(1.702))))
 
     def drop_first(self, x: str) -> str:
         last = np.iinfo(np.int64).max  # Slice: to the end, however far that is
@@ -190,7 +220,7 @@ class GraphOps:
     def attention(self, q: str, k: str, v: str, heads: Heads) -> str:
         assert heads.query == heads.key_value, heads
         q, k, v = (self._split(x, heads.query, heads.dim, perm) for x, perm in ((q, 1), (k, 3), (v, 1)))
-        scores = self.node("Mul", self.node("MatMul", q, k), self.constant(1 / math.sqrt(heads.dim), np.float32))
+        scores = self.node("Mul", self.node("MatMul", q, k), self.number(1 / math.sqrt(heads.dim)))
         mixed = self.node("MatMul", self.node("Softmax", scores, axis=-1), v)
         return self._reshape(self.node("Transpose", mixed, perm=[0, 2, 1, 3]), 0, 0, heads.query * heads.dim)
 
@@ -212,4 +242,4 @@ class GraphOps:
 
 
 def _value_info(binding: Binding) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(binding.name, _ONNX_TYPES[binding.dtype], list(binding.shape))
+    return helper.make_tensor_value_info(binding.name, ONNX_TYPES[binding.dtype], list(binding.shape))

@@ -1,11 +1,14 @@
 """The `onnxruntime` dialect: 4-bit products and attention on a kv_cache by its contrib operators.
 
-`MatMulNBits` and `GroupQueryAttention` are the forms that its CPU runs fastest; both load in onnxruntime 1.23.
+`MatMulNBits` and `GroupQueryAttention` are the forms that its CPU runs fastest; both load in onnxruntime 1.23 but for
+a kv_cache in 8 bits, which it takes since 1.26.
 """
 
 from __future__ import annotations
 
-from vila_edge import bindings
+from typing import Any
+
+from vila_edge import bindings, kv_scales
 from vila_edge.config import Heads, RopeConfig
 from vila_edge.export.graph_ops import GraphOps
 
@@ -52,13 +55,35 @@ class OnnxruntimeOps(GraphOps):
         present_key, present_value = f"present_key_{layer}", f"present_value_{layer}"
         inputs = [q, k, v, f"past_key_{layer}", f"past_value_{layer}"]
         inputs += [bindings.LAST_POSITION, bindings.TOTAL_LENGTH, self.parameter(ROPE_COS), self.parameter(ROPE_SIN)]
+        more_inputs, attributes = self._cache_form(layer)
         return self.multi_output_node(
             "GroupQueryAttention",
-            inputs,
+            [*inputs, *more_inputs],
             [f"{name}/output", present_key, present_value],
             name=name,
             domain=CONTRIB,
             num_heads=heads.query,
             kv_num_heads=heads.key_value,
             do_rotary=1,
+            **attributes,
         )
+
+    def _cache_form(self, layer: int) -> tuple[list[str], dict[str, Any]]:
+        """Further inputs and attributes of GroupQueryAttention where the cache is in 8 bits."""
+        cache = next(binding for binding in self.bindings.inputs if binding.name == f"past_key_{layer}")
+        if cache.dtype != "int8":
+            return [], {}
+        unused = ["", "", ""]  # position_ids, attention_bias, head_sink
+        scales = [self.stored(kv_scales.name(part, layer)) for part in ("key", "value")]
+        quantised = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+        return [*unused, *scales], quantised
+
+
+class OnnxruntimeHalfOps(OnnxruntimeOps):
+    """Activations and kv_cache in float16, norms in float32: the only form whose attention its CUDA provider has."""
+
+    activations = "float16"
+    accuracy_level = ACCURACY_FLOAT32  # no less than float16; CUDA does not ask
+
+    def rms_norm(self, x: str, name: str, eps: float) -> str:
+        return self.in_float32(super().rms_norm, x, name, eps)

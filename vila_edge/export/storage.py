@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vila_edge import architecture, stored
-from vila_edge.bundle import EMBED_TOKENS_FILE, WEIGHTS
+from vila_edge import architecture, kv_scales, stored
+from vila_edge.bundle import EMBED_TOKENS_FILE, KV_SCALES_FILE, WEIGHTS
 from vila_edge.config import VilaConfig
 from vila_edge.export.graph_ops import StoredTensor
 from vila_edge.export.onnxruntime_ops import ROPE_COS, ROPE_SIN
@@ -43,6 +43,7 @@ class StoragePlan:
             self.parameters.setdefault(file, []).append(name)
         table = ("F32", (cfg.llm.context_length, cfg.llm.head_dim // 2))
         self.files[LLM_FILE] |= {ROPE_COS: table, ROPE_SIN: table}
+        self.files[KV_SCALES_FILE] = kv_scales.specs(cfg.llm)
 
     def form(self, name: str) -> Form:
         """How a parameter is stored."""
@@ -65,8 +66,9 @@ class StoragePlan:
 
     def parameter_bytes(self) -> int:
         """What the parameters take in their forms, with scales and zero points, and nothing else."""
+        others = {ROPE_COS, ROPE_SIN, *self.files[KV_SCALES_FILE]}
         tensors = (pair for file in self.files.values() for pair in layout(file)[1].items())
-        return sum(entry.length for name, entry in tensors if name not in (ROPE_COS, ROPE_SIN))
+        return sum(entry.length for name, entry in tensors if name not in others)
 
     def _is_linear_weight(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self._linears
@@ -81,9 +83,11 @@ def layer_file(layer: int) -> str:
 
 
 def file_of(name: str) -> str:
-    """The file of the bundle that holds a parameter."""
+    """The file of the bundle that holds a parameter, or a tensor beside them."""
     if name.startswith(architecture.EMBED_TOKENS):
         return EMBED_TOKENS_FILE
+    if name.startswith(kv_scales.PREFIX):
+        return KV_SCALES_FILE
     if name.startswith(f"{architecture.LLM}.layers."):
         return layer_file(int(name.removeprefix(f"{architecture.LLM}.layers.").partition(".")[0]))
     return LLM_FILE if component(name) == "llm" else f"{WEIGHTS}/{component(name)}.safetensors"

@@ -17,8 +17,8 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from vila_edge import architecture
-from vila_edge.bundle import EMBED_TOKENS_FILE
+from vila_edge import architecture, kv_scales
+from vila_edge.bundle import EMBED_TOKENS_FILE, KV_SCALES_FILE
 from vila_edge.config import VilaConfig
 from vila_edge.export.calibration import Sample, join
 from vila_edge.export.encoder import CheckpointEncoder, WatchingOps
@@ -33,7 +33,7 @@ from vila_edge.export.workers import Workers
 from vila_edge.prompt import Chunk
 from vila_edge.scales import merge_features, tower_input
 from vila_edge.stored import StoredParameters
-from vila_edge.tensorfile import TensorFile
+from vila_edge.tensorfile import TensorFile, write_tensors
 from vila_edge.tokenizer import Tokenizer
 from vila_edge.visual import Looked, Visual, look
 
@@ -78,8 +78,10 @@ class Verification:
         progress(1, steps)
         decoder = decoder_slices(self.folder, cfg)
         report["blocks"] = []
+        largest: list[Any] = []  # keys and values, by layer
         for layer in range(layers):
             found = relay.run(f"layers.{layer:03}", partial(self._layer, layer, decoder))
+            largest.append(found.pop("largest_cached"))
             limit = gate.block_int4 if int4 else gate.block
             report["blocks"].append(checked(f"{architecture.LLM}.layers.{layer}", found, limit, gate))
             progress(layer + 2, steps)
@@ -87,6 +89,7 @@ class Verification:
         report["lm_head"] = checked("lm_head", found["lm_head"], gate.lm_head_int4 if int4_head else gate.lm_head, gate)
         report["llm"] = checked("llm", found["llm"], gate.llm_int4 if int4 else gate.llm, gate)
         check_answers(report["llm"], gate)
+        self._write_kv_scales(largest)
         progress(steps, steps)
         return report
 
@@ -143,22 +146,25 @@ class Verification:
         name = f"{architecture.LLM}.layers.{layer}"
         block = self.source.layer(f"{name}.")
 
-        def reference(x: FloatArray) -> tuple[FloatArray, float]:
+        def reference(x: FloatArray) -> tuple[FloatArray, float, FloatArray]:
             ops = WatchingOps(block)
             y = architecture.decoder_layer(ops, torch.from_numpy(np.array(x))[None], layer, self.cfg.llm)
-            return y[0].numpy(), ops.largest
+            return y[0].numpy(), ops.largest, ops.largest_cached(layer)
 
         def bundle(x: FloatArray) -> FloatArray:
             return piece.run(x[None], decoder_inputs(len(x), self.cfg))[0]
 
         states = read_states(before)
         theirs, ours = states[: len(self.samples)], states[len(self.samples) :]
-        want, largest = zip(*self.pool.map(reference, theirs), strict=True)
+        want, largest, cached = zip(*self.pool.map(reference, theirs), strict=True)
         difference = Difference()
         for w, g in zip(want, self.pool.map(bundle, theirs), strict=True):
             difference.add(w, g)
         self._write(after, [*want, *self.pool.map(bundle, ours)])
-        return difference.report() | {"max_activation": rounded(float(np.max(largest)))}
+        return difference.report() | {
+            "max_activation": rounded(float(np.max(largest))),
+            "largest_cached": np.nan_to_num(np.max(cached, 0)).tolist(),
+        }
 
     def _lm_head(self, decoder: SlicedGraph, before: Path | None, _: Path | None) -> Result:
         """The head on the reference's states, and the LLM's answers on the bundle's own."""
@@ -173,6 +179,15 @@ class Verification:
             for difference, x in ((alone, theirs), (answers, ours)):
                 difference.add(want, piece.run(x[kept][None], decoder_inputs(len(kept), self.cfg))[0])
         return {"lm_head": alone.report(), "llm": answers.report()}
+
+    def _write_kv_scales(self, largest: Sequence[Any]) -> None:
+        """What a kv_cache in 8 bits needs. `largest`: of each layer's keys and values, [2, H_kv, dim]."""
+        scales = {
+            kv_scales.name(part, layer): kv_scales.from_largest(np.asarray(values, np.float32))
+            for layer, both in enumerate(largest)
+            for part, values in zip(("key", "value"), both, strict=True)
+        }
+        write_tensors(self.folder / KV_SCALES_FILE, scales)
 
     def _write(self, path: Path, states: Sequence[FloatArray]) -> None:
         write_states(path, states, [len(x) for x in states], self.cfg.llm.hidden_size)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vila_edge import architecture
 from vila_edge.bundle import WEIGHTS, Bundle
+from vila_edge.caches import check_room
 from vila_edge.config import VilaConfig
 from vila_edge.parameters import parameter_shapes
 from vila_edge.reference.numpy_ops import NumpyOps
@@ -51,6 +52,10 @@ class ReferenceEngine:
         self.cfg, self.backend = cfg, backend
         self._make_ops, self._from, self._to = make_ops, from_numpy, to_numpy
 
+    @property
+    def max_context(self) -> int:
+        return self.cfg.llm.context_length
+
     def encode_images(self, pixel_values: FloatArray) -> FloatArray:
         ops = self._make_ops({})
         return self._to(architecture.vision_tower(ops, self._from(pixel_values), self.cfg.vision_tower))
@@ -68,6 +73,8 @@ class ReferenceEngine:
     def forward(
         self, inputs_embeds: FloatArray, cache: ReferenceCache, logits_to_keep: Sequence[int] = (-1,)
     ) -> FloatArray:
+        """Raises ContextError if the cache has no room for the new positions."""
+        check_room(cache.length, len(inputs_embeds), cache.capacity)
         ops = self._make_ops(cache.layers)
         hidden_states = architecture.decoder(ops, self._from(inputs_embeds[None]), self.cfg.llm)
         kept = hidden_states[:, [int(position) for position in logits_to_keep]]

@@ -96,12 +96,17 @@ class NumpyOps:
         total = past + q.shape[2]
         cos, sin = rope_table(past, total, heads.dim, rope)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        if past:
+        k, v = self.cached(k, v, layer)
+        visible = np.arange(past, total)[:, None] >= np.arange(total)
+        return _merge(_attend(q, k, v, visible))
+
+    def cached(self, k: Array, v: Array, layer: int) -> tuple[Array, Array]:
+        """All keys and values of a layer, once the new ones are put behind the earlier ones."""
+        if layer in self.kv_cache:
             past_k, past_v = self.kv_cache[layer]
             k, v = np.concatenate([past_k, k], 2), np.concatenate([past_v, v], 2)
         self.kv_cache[layer] = (k, v)
-        visible = np.arange(past, total)[:, None] >= np.arange(total)
-        return _merge(_attend(q, k, v, visible))
+        return k, v
 
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])

@@ -1,0 +1,47 @@
+"""Which engine runs a bundle: chosen by name, made here, and never another one in its place."""
+
+from __future__ import annotations
+
+from vila_edge.bindings import CacheType
+from vila_edge.bundle import Bundle
+from vila_edge.engine.protocol import Engine
+from vila_edge.errors import UsageError
+from vila_edge.reference.engine import bundle_parameters, numpy_engine
+
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "numpy")
+KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask for
+
+
+def open_engine(
+    bundle: Bundle, backend: str = "auto", threads: int | None = None, kv_cache: str = "float32", context: int = 0
+) -> Engine:
+    """The engine of that name. `auto` takes onnxruntime on the CPU.
+
+    `threads` of the CPU, by default as many as the process may use; `kv_cache`: what onnxruntime keeps it in;
+    `context`: positions that a TensorRT engine must have been built for, by default as many as the last one.
+    Raises UsageError, BackendError if the backend is not there or cannot run here, BundleError.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}", f"known backends: {', '.join(BACKENDS)}")
+    if kv_cache not in KV_CACHES:
+        raise UsageError(f"unknown type of kv_cache {kv_cache!r}", f"known types: {', '.join(KV_CACHES)}")
+    if kv_cache != "float32" and backend not in ("auto", "onnxruntime"):
+        raise UsageError(f"a kv_cache in {kv_cache} is not there on {backend}", "take --backend onnxruntime for it")
+    if backend == "numpy":
+        return numpy_engine(bundle.config, bundle_parameters(bundle))
+    if backend == "tensorrt":
+        from vila_edge.engine.tensorrt import TensorrtEngine
+
+        return TensorrtEngine(bundle, context=context)
+    from vila_edge.engine.onnxruntime import OnnxruntimeEngine
+
+    if backend == "onnxruntime-cuda":
+        return OnnxruntimeEngine(bundle, threads, "float16", "cuda")
+    return OnnxruntimeEngine(bundle, threads, KV_CACHES[KV_CACHES.index(kv_cache)])
+
+
+def reason(backend: str) -> str:
+    """Why an engine was taken, for people."""
+    if backend != "auto":
+        return "as asked for"
+    return "auto: the others were not run on a GPU yet, and are taken when --backend names them"
