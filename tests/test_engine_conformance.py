@@ -1,0 +1,115 @@
+"""What every engine does, whatever it runs on: the same as the numpy oracle."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.fake_cuda import FakeDevice
+from tests.fake_tensorrt import make_module
+from tests.graphs import graph_engine, int4_tensors, int8_cache_oracle, scales_for
+from tests.tensorrt_engines import KINDS, build_fakes
+from tests.tiny import TINY, random_parameters
+from vila_edge.engine.protocol import Engine
+from vila_edge.engine.tensorrt import TensorrtEngine
+from vila_edge.errors import ContextError
+from vila_edge.reference.engine import ReferenceEngine, numpy_engine
+from vila_edge.reference.torch_engine import numpy_parameters_engine
+
+PARAMS = random_parameters(TINY)
+RNG = np.random.default_rng(3)
+PIXELS = RNG.standard_normal((2, 3, 46, 46)).astype(np.float32)
+IDS = RNG.integers(0, TINY.llm.vocab_size, 21).tolist()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An engine, the oracle with the weights that it was given, and how near it comes."""
+
+    engine: Engine
+    oracle: ReferenceEngine
+    atol: float = 1e-4
+
+    def close(self, got: Any, want: Any) -> None:
+        np.testing.assert_allclose(got, want, atol=self.atol, rtol=0)
+
+
+BACKENDS = (
+    "torch",
+    "onnxruntime, fp32",
+    "onnxruntime, int4",
+    "onnxruntime, int4, int8 kv_cache",
+    "onnxruntime, int4, float16",
+    *(f"tensorrt, {kind}" for kind in KINDS),
+)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("engine")
+    if request.param.startswith("tensorrt"):  # graphs and engine are the real ones, TensorRT and the GPU are not
+        built, device = build_fakes(request.param.removeprefix("tensorrt, "), folder), FakeDevice()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "tensorrt", make_module(device))
+            engine = TensorrtEngine(built.bundle, "tensorrt", device, built.cache)
+        request.addfinalizer(engine.close)
+        return Pair(engine, built.oracle, atol=0.01)
+    if request.param == "torch":
+        return Pair(numpy_parameters_engine(TINY, PARAMS), numpy_engine(TINY, PARAMS))
+    tensors, meant = int4_tensors(PARAMS, 32) if "int4" in request.param else (PARAMS, PARAMS)
+    if "float16" in request.param:  # the graph for a GPU, here on the CPU
+        return Pair(graph_engine(TINY, tensors, folder, "float16"), numpy_engine(TINY, meant), atol=0.01)
+    if "int8" not in request.param:
+        return Pair(graph_engine(TINY, tensors, folder), numpy_engine(TINY, meant))
+    scales = scales_for(TINY, meant, IDS)
+    return Pair(graph_engine(TINY, tensors | scales, folder, "int8"), int8_cache_oracle(TINY, meant, scales))
+
+
+def test_images(pair: Pair) -> None:
+    engine, oracle = pair.engine, pair.oracle
+    features = engine.encode_images(PIXELS)
+    pair.close(features, oracle.encode_images(PIXELS))
+    pair.close(engine.project(features), oracle.project(features))
+
+
+def test_prefill_in_chunks_then_decode(pair: Pair) -> None:
+    engine, oracle = pair.engine, pair.oracle
+    embeds = oracle.embed_tokens(IDS)
+    np.testing.assert_array_equal(engine.embed_tokens(IDS), embeds)
+    want = oracle.forward(embeds, oracle.new_cache(21), range(21))
+    cache = engine.new_cache(21)
+    parts = [(0, 7), (7, 13), *((i, i + 1) for i in range(13, 21))]
+    got = [engine.forward(embeds[start:stop], cache, range(stop - start)) for start, stop in parts]
+    pair.close(np.concatenate(got), want)
+
+
+def test_only_the_wanted_logits_come_back(pair: Pair) -> None:
+    engine, oracle = pair.engine, pair.oracle
+    embeds = oracle.embed_tokens(IDS)
+    want = oracle.forward(embeds, oracle.new_cache(21), range(21))
+    last = engine.forward(embeds, engine.new_cache(21))
+    assert last.shape == (1, TINY.llm.vocab_size)
+    pair.close(last, want[-1:])
+    pair.close(engine.forward(embeds, engine.new_cache(21), [3, -2]), want[[3, 19]])
+
+
+def test_a_truncated_cache_goes_on_from_there(pair: Pair) -> None:
+    engine, oracle = pair.engine, pair.oracle
+    embeds = oracle.embed_tokens(IDS)
+    cache = engine.new_cache(40)
+    engine.forward(np.concatenate([embeds[:5], embeds[::-1]]), cache)
+    cache.truncate(5)
+    want = oracle.forward(embeds, oracle.new_cache(21))
+    pair.close(engine.forward(embeds[5:], cache), want)
+
+
+def test_a_full_cache_is_an_error(pair: Pair) -> None:
+    engine = pair.engine
+    cache = engine.new_cache(4)
+    engine.forward(engine.embed_tokens([1, 2, 3]), cache)
+    with pytest.raises(ContextError, match="5 positions do not fit into a kv_cache of 4"):
+        engine.forward(engine.embed_tokens([4, 5]), cache)

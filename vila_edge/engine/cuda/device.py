@@ -1,0 +1,166 @@
+"""What the engines need of a GPU. PyCUDA gives it to them, the tests have it on host memory.
+
+Addresses are integers. Whatever takes a stream only puts work there and returns: the host's array must stay as it is
+until `synchronize`, or, in a captured graph, hold what the graph is to find there when it is launched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+ALIGNMENT = 256  # bytes: TensorRT takes tensors and scratch memory only at multiples of it
+
+
+class Buffer(Protocol):
+    """Memory of the device."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def free(self) -> None:
+        """Give it back. Once is enough, more often does no harm."""
+        ...
+
+
+class Graph(Protocol):
+    """Captured work that is launched as one."""
+
+    def launch(self, stream: Stream) -> None: ...
+
+    def free(self) -> None: ...
+
+
+@dataclass
+class Capture:
+    """What `Stream.capture` is about to find: `graph` is there when its block ends."""
+
+    graph: Graph | None = None
+
+
+class Stream(Protocol):
+    """A queue of work."""
+
+    @property
+    def handle(self) -> int:
+        """The CUstream, as TensorRT takes it."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all work is done. Raises BackendError if some of it failed."""
+        ...
+
+    def capture(self) -> AbstractContextManager[Capture]:
+        """Work that the block gives to the stream is not done, but becomes a graph. Raises BackendError."""
+        ...
+
+    def free(self) -> None: ...
+
+
+class Device(Protocol):
+    """One GPU. Every method may be called from any thread; all of them raise BackendError."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def compute_capability(self) -> tuple[int, int]: ...
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make this the device that other libraries find in the thread, as long as the block lasts."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free, and bytes in all."""
+        ...
+
+    def alloc(self, nbytes: int) -> Buffer:
+        """Memory at a multiple of `ALIGNMENT`, whatever it holds. Raises BackendError if there is not as much."""
+        ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A host array that the device reads and writes by itself. It is gone after `unpin` or `close`."""
+        ...
+
+    def unpin(self, array: NDArray[Any]) -> None: ...
+
+    def stream(self) -> Stream: ...
+
+    def copy_to_device_async(self, address: int, array: NDArray[Any], stream: Stream) -> None:
+        """A contiguous, pinned array to the device."""
+        ...
+
+    def copy_to_host_async(self, array: NDArray[Any], address: int, stream: Stream) -> None:
+        """As many bytes as a contiguous, pinned array has, from the device."""
+        ...
+
+    def copy_on_device_async(self, target: int, source: int, nbytes: int, stream: Stream) -> None: ...
+
+    def memset(self, address: int, value: int, nbytes: int, stream: Stream) -> None:
+        """Set every byte to `value`."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back that this device handed out. Once is enough, more often does no harm."""
+        ...
+
+
+class Arena:
+    """One allocation, cut into named pieces that are aligned for TensorRT."""
+
+    def __init__(self, device: Device, sizes: Mapping[str, int]) -> None:
+        """`sizes` in bytes. Raises BackendError if the device has not as much memory."""
+        offsets, self.nbytes = dict[str, int](), 0
+        for name, size in sizes.items():
+            offsets[name] = self.nbytes
+            self.nbytes += -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+        self._buffer = device.alloc(self.nbytes)
+        self.address = self._buffer.address
+        self._addresses = {name: self.address + offset for name, offset in offsets.items()}
+
+    def __getitem__(self, name: str) -> int:
+        """The address of a piece."""
+        return self._addresses[name]
+
+    def free(self) -> None:
+        self._buffer.free()
+
+
+class Staging:
+    """Tensors on their way between host and device: pinned on one side, and with a place on the other."""
+
+    def __init__(self, device: Device, layout: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+        """`layout`: name -> largest shape, and dtype. Raises BackendError."""
+        self._device = device
+        self.memory = Arena(device, {name: nbytes(*tensor) for name, tensor in layout.items()})
+        self.host = {name: device.pinned(*tensor) for name, tensor in layout.items()}
+
+    def to_device(self, name: str, shape: tuple[int, ...], stream: Stream) -> None:
+        """As many of the tensor's first numbers as this shape has."""
+        self._device.copy_to_device_async(self.memory[name], self._part(name, shape), stream)
+
+    def to_host(self, name: str, shape: tuple[int, ...], stream: Stream) -> None:
+        """The same, in the other direction."""
+        self._device.copy_to_host_async(self._part(name, shape), self.memory[name], stream)
+
+    def _part(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        return self.host[name].reshape(-1)[: math.prod(shape)]
+
+    def free(self) -> None:
+        for array in self.host.values():
+            self._device.unpin(array)
+        self.memory.free()
+
+
+def nbytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    """Bytes of an array of a shape."""
+    return math.prod(shape) * np.dtype(dtype).itemsize

@@ -1,0 +1,218 @@
+"""The engine on TensorRT, or TensorRT-RTX: engines that were built for this GPU, found in the cache of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_edge import architecture
+from vila_edge.bindings import GraphBindings
+from vila_edge.bundle import EMBED_TOKENS_FILE, Bundle
+from vila_edge.engine.cuda import open_device
+from vila_edge.engine.cuda.device import Arena, Device, Staging, Stream
+from vila_edge.engine.engine_cache import EngineCache, EngineKey, Flag, build_flags, engine_key
+from vila_edge.engine.tensorrt_decoder import Decoder, TensorrtCache
+from vila_edge.engine.tensorrt_options import (
+    COMPONENTS,
+    MAX_KEPT,
+    BuildOptions,
+    KVForm,
+    RuntimeChoice,
+    graph_bindings,
+    load_tensorrt,
+)
+from vila_edge.engine.tensorrt_session import LoadedEngine, TensorrtRuntime
+from vila_edge.errors import BackendError
+from vila_edge.stored import StoredParameters
+from vila_edge.tensorfile import TensorFile
+
+FloatArray = NDArray[np.float32]
+
+
+class TensorrtEngine:
+    """Runs a bundle's model with float16 activations on a GPU. `close` gives the GPU's memory back."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        runtime: RuntimeChoice = "auto",
+        device: Device | None = None,
+        cache: EngineCache | None = None,
+        options: BuildOptions | None = None,
+        context: int = 0,
+    ) -> None:
+        """Engines built with `options`, or else the newest, for at least `context` positions.
+
+        Raises BackendError if TensorRT, the GPU, its memory or an engine is missing, or an engine is not of this bundle.
+        """
+        trt = load_tensorrt(runtime)
+        self.cfg = bundle.config
+        with contextlib.ExitStack() as resources:  # given back in reverse order, and at once if something fails here
+            if device is None:
+                device = open_device()
+                resources.callback(device.close)
+            self._device = device
+            engines = cache or EngineCache()
+            keys = find_engines(bundle, trt, device, engines, options, context)
+            self.options = built_options(keys)
+            self._runtime = TensorrtRuntime(trt, device)
+            resources.callback(self._runtime.close)
+            layouts = {component: graph_bindings(self.cfg, component, self.options) for component in COMPONENTS}
+            loaded = dict[str, LoadedEngine]()
+            for component, layout in layouts.items():
+                plan = engines.read(keys[component], bundle.path)
+                loaded[component] = self._runtime.load(plan, component, layout, _limits(self.options))
+                resources.callback(loaded[component].close)
+                del plan  # as large as the weights
+            self._stream = stream = device.stream()
+            resources.callback(stream.free)
+            # One run at a time, all on one stream: all contexts can work in the same memory.
+            scratch = Arena(device, {"scratch": max(engine.scratch_bytes for engine in loaded.values())})
+            resources.callback(scratch.free)
+            self._vision_tower, self._mm_projector = (
+                Component(loaded[name], layouts[name], self.options.images, stream, scratch.address, resources)
+                for name in ("vision_tower", "mm_projector")
+            )
+            with device.current():
+                self._decoder = Decoder(
+                    loaded["decoder"], layouts["decoder"], self.options, stream, scratch.address, resources
+                )
+            resources.callback(stream.synchronize)
+            self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE))])
+            self._close = weakref.finalize(self, resources.pop_all().close)
+
+    def __enter__(self) -> TensorrtEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back, caches included. Once is enough, more often does no harm."""
+        self._close()
+
+    @property
+    def backend(self) -> str:
+        major, minor = self._device.compute_capability
+        decode = "in a CUDA graph" if self._decoder.captured else "without a CUDA graph"
+        return f"{self._runtime.version}, {self._device.name} sm_{major}{minor}, decode {decode}"
+
+    @property
+    def max_context(self) -> int:
+        return self.options.context
+
+    @property
+    def not_captured(self) -> str:
+        """Why decode is no CUDA graph; "" if it is one, or may still become one."""
+        return self._decoder.not_captured
+
+    def encode_images(self, pixel_values: FloatArray) -> FloatArray:
+        with self._at_work():
+            return self._vision_tower(pixel_values)
+
+    def project(self, image_features: FloatArray) -> FloatArray:
+        with self._at_work():
+            return self._mm_projector(image_features)
+
+    def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
+        table = (self.cfg.llm.vocab_size, self.cfg.llm.hidden_size)
+        return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, np.asarray(input_ids, np.int64))
+
+    def new_cache(self, capacity: int) -> TensorrtCache:
+        """Raises UsageError if the engine was built for fewer positions, BackendError if the GPU has no more memory."""
+        with self._at_work():
+            return self._decoder.new_cache(capacity)
+
+    def forward(
+        self, inputs_embeds: FloatArray, cache: TensorrtCache, logits_to_keep: Sequence[int] = (-1,)
+    ) -> FloatArray:
+        """Raises ContextError if the cache has no room for the new positions."""
+        with self._at_work():
+            return self._decoder.forward(inputs_embeds, cache, logits_to_keep)
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        assert self._close.alive, "the engine is closed"
+        with self._device.current():
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(BackendError):  # nothing of it may be under way when the next call comes
+                    self._stream.synchronize()
+                raise
+
+
+class Component:
+    """A graph of one input and one output, run over a batch of any size."""
+
+    def __init__(
+        self,
+        engine: LoadedEngine,
+        layout: GraphBindings,
+        batch: int,
+        stream: Stream,
+        scratch: int,
+        resources: contextlib.ExitStack,
+    ) -> None:
+        (self._input,), (self._output,) = layout.inputs, layout.outputs
+        self._batch, self._stream = batch, stream
+        tensors = {b.name: (b.sized(images=batch), b.dtype) for b in (self._input, self._output)}
+        self._staging = Staging(engine.runtime.device, tensors)
+        resources.callback(self._staging.free)
+        self._session = engine.session(0, stream, scratch)
+        resources.callback(self._session.close)
+
+    def __call__(self, values: FloatArray) -> FloatArray:
+        """[N, ...] to [N, ...], float32, as many at once as the engine was built for."""
+        found = np.empty(self._output.sized(images=len(values)), np.float32)
+        for start in range(0, len(values), self._batch):
+            part = values[start : start + self._batch]
+            found[start : start + self._batch] = self._run(part)
+        return found
+
+    def _run(self, values: FloatArray) -> NDArray[Any]:
+        """One run, waited for. The result is where the next one will be."""
+        staging, (images, *_) = self._staging, values.shape
+        shape = self._input.sized(images=images)
+        staging.host[self._input.name][:images] = values
+        staging.to_device(self._input.name, shape, self._stream)
+        self._session.bind(self._input.name, staging.memory[self._input.name], shape)
+        self._session.bind(self._output.name, staging.memory[self._output.name])
+        self._session.run()
+        staging.to_host(self._output.name, self._output.sized(images=images), self._stream)
+        self._stream.synchronize()
+        return staging.host[self._output.name][:images]
+
+
+def find_engines(
+    bundle: Bundle, trt: ModuleType, device: Device, cache: EngineCache, options: BuildOptions | None, context: int
+) -> dict[str, EngineKey]:
+    """Component -> key of the engine to use. Raises BackendError if there is none, with the command that builds it."""
+    major, minor = device.compute_capability
+    keys = {}
+    for component in COMPONENTS:
+        flags: Mapping[str, Flag] = {"context": context, "kept": MAX_KEPT} if component == "decoder" else {}
+        if options is not None:
+            flags = build_flags(component, options)
+        key = engine_key(bundle.manifest.digest, component, trt, 10 * major + minor, flags)
+        keys[component] = key if options is not None else cache.pick(key, bundle.path)
+    return keys
+
+
+def built_options(keys: Mapping[str, EngineKey]) -> BuildOptions:
+    """What the engines were built for."""
+    decoder = keys["decoder"].flags
+    images = min(int(keys[component].flags["images"] or 1) for component in ("vision_tower", "mm_projector"))
+    form: KVForm = "append" if decoder["form"] == "append" else "scatter"
+    return BuildOptions(int(decoder["context"] or 0), int(decoder["chunk"] or 0), images, form)
+
+
+def _limits(options: BuildOptions) -> dict[str, int]:
+    """The largest that each varying dimension of a graph must be able to be."""
+    return {"images": options.images, "sequence": options.chunk, "past": options.context, "kept": MAX_KEPT}
