@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from vila_edge.cli import chat, demo, export, parity, pull, show, verify
+from vila_edge.cli import bench, build, chat, demo, export, parity, pull, show, verify
 from vila_edge.cli.console import print_error
 from vila_edge.cli.interrupt import INTERRUPTED
 from vila_edge.errors import VilaEdgeError
@@ -30,6 +30,8 @@ app.command()(parity.parity)
 app.command()(pull.pull)
 app.command()(show.show)
 app.command()(verify.verify)
+app.command()(build.build)
+app.command()(bench.bench)
 
 
 @app.callback(invoke_without_command=True)
