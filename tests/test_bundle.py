@@ -151,3 +151,34 @@ def test_what_is_no_bundle_is_told_from_what_is_none(tmp_path: Path, tiny_checkp
     (tmp_path / MANIFEST).write_text("[" * 100_000)
     with pytest.raises(BundleError, match="not JSON"):
         Bundle.open(tmp_path)
+
+
+def damaged(bundle: Path, name: str) -> Path:
+    """One byte of a file is another one."""
+    content = bytearray((bundle / name).read_bytes())
+    content[-1] ^= 1
+    (bundle / name).write_bytes(content)
+    return bundle
+
+
+def test_weights_that_are_read_meanwhile_are_checked_all_the_same(bundle_copy: Path) -> None:
+    with Bundle.checked_meanwhile(bundle_copy) as bundle:
+        assert bundle.manifest == Bundle.open(bundle_copy).manifest
+    damaged(bundle_copy, "weights/llm.layers.001.safetensors")
+    entered = False
+    with (
+        pytest.raises(BundleError, match=r"llm.layers.001.safetensors: changed since the export"),
+        Bundle.checked_meanwhile(bundle_copy),
+    ):
+        entered = True
+        raise RuntimeError("what a runtime makes of damaged weights")
+    assert entered
+
+
+@pytest.mark.parametrize("name", ["graphs/onnxruntime/decoder.onnx", "tokenizer.json"])
+def test_what_a_runtime_executes_is_checked_before(bundle_copy: Path, name: str) -> None:
+    damaged(bundle_copy, name)
+    entered = False
+    with pytest.raises(BundleError, match="changed since the export"), Bundle.checked_meanwhile(bundle_copy):
+        entered = True
+    assert not entered

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,12 +17,15 @@ import vila_edge.micro.demo
 import vila_edge.micro.recipe
 import vila_edge.micro.tasks
 from vila_edge.cli.console import PhaseDisplay
+from vila_edge.export.calibration import Sample, embed
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.micro.demo import FLOORS, DemoResult, run_demo
+from vila_edge.micro.digits import load_splits
 from vila_edge.micro.recipe import Recipe
-from vila_edge.micro.tasks import TASKS
+from vila_edge.micro.tasks import TASKS, make_prompts
 from vila_edge.micro.words import DIGITS
 from vila_edge.pipeline import load
+from vila_edge.prompt import Turn
 from vila_edge.session import Session
 
 PHASES = [
@@ -131,3 +135,19 @@ def test_the_whole_demo_reaches_its_figures(tmp_path: Path) -> None:
         return session.ask("What digit is this?", [images / f"{b}b.png"]).finish().text
 
     assert sum(named_after(a, b) == DIGITS[b] for a, b in pairs) >= 0.9 * len(pairs)
+    for kv_cache in ("float32", "int8"):
+        assert top1_agreement(bundle, kv_cache) >= 0.99
+
+
+def top1_agreement(bundle: Path, kv_cache: str) -> float:
+    """How often onnxruntime, which rounds activations to 8 bits, and the oracle of the same 4-bit weights agree."""
+    engine, oracle = load(bundle, threads=1, kv_cache=kv_cache).engine, load(bundle, "numpy")
+    cfg, same = oracle.config, []
+    for prompts in make_prompts(load_splits().test, 10).values():
+        for prompt in prompts:
+            asked, _ = oracle.ask(prompt.question, prompt.images)
+            sample = Sample(turns=(asked, Turn("assistant", prompt.answer)), images=prompt.images)
+            x = embed(sample, cfg, oracle.tokenizer, oracle.engine)
+            here, there = (e.forward(x, e.new_cache(len(x)), range(len(x))).argmax(-1) for e in (engine, oracle.engine))
+            same.append(here == there)
+    return float(np.concatenate(same).mean())

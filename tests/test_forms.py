@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tests.graphs import graph_engine, handmade_bundle
 from tests.tiny import TINY, random_parameters
-from vila_edge import int4, int8
+from vila_edge import int4, int8, kv_scales
 from vila_edge.config import VilaConfig
 from vila_edge.export.storage import Storage, StoragePlan, file_of
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
@@ -65,7 +65,8 @@ def test_graphs_compute_with_each_form_as_it_is(cfg: VilaConfig, storage: Storag
 
 @pytest.mark.parametrize(("cfg", "storage"), list(STORAGES.values()), ids=list(STORAGES))
 def test_the_plan_says_what_is_written_and_where(cfg: VilaConfig, storage: Storage, tmp_path: Path) -> None:
-    bundle = handmade_bundle(cfg, tensors_of(cfg, storage), tmp_path)
+    scales = {name: np.ones(shape, np.float32) for name, (_, shape) in kv_scales.specs(cfg.llm).items()}
+    bundle = handmade_bundle(cfg, tensors_of(cfg, storage) | scales, tmp_path)
     plan = StoragePlan(cfg, storage)
     stored = {f"weights/{path.name}": TensorFile(path).entries for path in (bundle.path / "weights").iterdir()}
     assert {file: set(entries) for file, entries in stored.items()} == {
@@ -75,7 +76,9 @@ def test_the_plan_says_what_is_written_and_where(cfg: VilaConfig, storage: Stora
         assert stored[f"weights/{place.location}"][name] == place.entry
         assert file_of(name) == f"weights/{place.location}"
     sizes = {name: entry.length for entries in stored.values() for name, entry in entries.items()}
-    assert plan.parameter_bytes() == sum(size for name, size in sizes.items() if not name.startswith("llm.rope."))
+    assert plan.parameter_bytes() == sum(
+        size for name, size in sizes.items() if not name.startswith(("llm.rope.", "kv_cache."))
+    )
 
 
 def test_what_is_in_which_form() -> None:

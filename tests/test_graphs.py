@@ -14,7 +14,7 @@ from vila_edge.bundle import WEIGHTS
 from vila_edge.export.graph_ops import IR_VERSION, OPSET, StoredTensor
 from vila_edge.export.graphs import write_graphs
 from vila_edge.reference.engine import bundle_parameters
-from vila_edge.tensorfile import TensorFile
+from vila_edge.tensorfile import TensorFile, write_tensors
 
 PARAMS = random_parameters(TINY)
 
@@ -55,3 +55,32 @@ def test_graphs_are_thin_valid_and_always_the_same(tmp_path: Path) -> None:
         layout = layouts[name]
         assert [i.name for i in model.graph.input] == [b.name for b in layout.inputs]
         assert [o.name for o in model.graph.output] == [b.name for b in layout.outputs]
+
+
+def test_linears_of_one_input_are_one_product_where_their_weights_lie_together(tmp_path: Path) -> None:
+    handmade_bundle(TINY, int4_tensors(PARAMS, 32)[0], tmp_path / "together")
+    handmade_bundle(TINY, int4_tensors(PARAMS, 32)[0], tmp_path / "apart")
+    layers = sorted((tmp_path / "apart" / WEIGHTS).glob("llm.layers.*"))
+    for path in layers:  # as an earlier version wrote them
+        stored = TensorFile(path)
+        tensors = {name: stored.array(name).copy() for name in stored.entries}
+        path.unlink()
+        write_tensors(path, tensors)
+
+    def products(folder: Path) -> list[str]:
+        files = [(file.name, TensorFile(file).entries) for file in (folder / WEIGHTS).iterdir()]
+        places = {name: StoredTensor(file, entry) for file, entries in files for name, entry in entries.items()}
+        nodes = onnx.load_from_string(write_graphs(TINY, places, ExactOps)["decoder"]).graph.node
+        prefix = "llm.model.layers.0."
+        return [n.name[len(prefix) :] for n in nodes if n.op_type == "MatMulNBits" and n.name.startswith(prefix)]
+
+    both = ["self_attn.o_proj/MatMulNBits", "mlp.down_proj/MatMulNBits"]
+    assert products(tmp_path / "together") == [
+        "self_attn.qkv_proj/MatMulNBits",
+        both[0],
+        "mlp.gate_up_proj/MatMulNBits",
+        both[1],
+    ]
+    alone = products(tmp_path / "apart")
+    assert len(alone) == 7
+    assert set(both) < set(alone)

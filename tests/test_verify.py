@@ -24,12 +24,14 @@ from vila_edge.bundle import read_manifest as read
 from vila_edge.export.onnxruntime_ops import ROPE_COS, ROPE_SIN
 from vila_edge.inspection import CHECKS, inspect
 from vila_edge.inventory import ROPE_TABLES
+from vila_edge.parameters import storage_order
 from vila_edge.tensorfile import TensorFile, write_tensors
 
 __all__ = ["in_process"]
 
 LAYER = "weights/llm.layers.000.safetensors"
 Q_PROJ = "llm.model.layers.0.self_attn.q_proj"
+O_PROJ, QKV_PROJ = Q_PROJ.replace("q_proj", "o_proj"), Q_PROJ.replace("q_proj", "qkv_proj")  # alone, and fused
 DECODER = "graphs/onnxruntime/decoder.onnx"
 Tensors = dict[str, NDArray[Any]]
 
@@ -70,7 +72,7 @@ def rewrite(bundle: Path, file: str, change: Callable[[Tensors], object]) -> Non
     tensors = {name: np.array(stored.array(name)) for name in stored.entries}
     change(tensors)
     (bundle / file).unlink()
-    write_tensors(bundle / file, tensors)
+    write_tensors(bundle / file, tensors, storage_order)
     reseal(bundle)
 
 
@@ -212,10 +214,11 @@ def test_zero_points_beyond_the_last_group_are_named(bundle_copy: Path) -> None:
     assert f"{name} has zero points for groups that are not there" in problems(bundle_copy)["values"][0]
 
 
+@pytest.mark.parametrize("name", [O_PROJ, QKV_PROJ])
 @pytest.mark.parametrize(("key", "by"), [("offset", 2), ("length", -2), ("offset", -64)])
-def test_a_graph_that_points_between_tensors_is_named(key: str, by: int, bundle_copy: Path) -> None:
+def test_a_graph_that_points_between_tensors_is_named(key: str, by: int, name: str, bundle_copy: Path) -> None:
     def move(model: onnx.ModelProto) -> None:
-        entry = external(model, f"{Q_PROJ}.qweight")[key]
+        entry = external(model, f"{name}.qweight")[key]
         entry.value = str(int(entry.value) + by)
 
     rewrite_graph(bundle_copy, move)
@@ -226,7 +229,7 @@ def test_a_graph_that_points_between_tensors_is_named(key: str, by: int, bundle_
 
 def test_a_graph_that_reads_elsewhere_is_named(bundle_copy: Path) -> None:
     def steal(model: onnx.ModelProto) -> None:
-        external(model, f"{Q_PROJ}.qweight")["location"].value = "../../secret"
+        external(model, f"{O_PROJ}.qweight")["location"].value = "../../secret"
 
     rewrite_graph(bundle_copy, steal)
     assert "reads weights from '../../secret'" in problems(bundle_copy)["graphs"][0]
@@ -234,12 +237,24 @@ def test_a_graph_that_reads_elsewhere_is_named(bundle_copy: Path) -> None:
 
 def test_a_weight_that_no_graph_reads_is_named(bundle_copy: Path) -> None:
     def repeat(model: onnx.ModelProto) -> None:
-        k, v = (external(model, f"llm.model.layers.0.self_attn.{part}_proj.scales") for part in "kv")
-        k["offset"].value = v["offset"].value
+        alone, fused = (external(model, f"{name}.scales") for name in (O_PROJ, QKV_PROJ))
+        alone["offset"].value = fused["offset"].value  # those of q_proj, which are as many
 
     rewrite_graph(bundle_copy, repeat)
     (found,) = problems(bundle_copy)["graphs"]
-    assert "k_proj.scales: no graph of onnxruntime reads it" in found
+    assert "o_proj.scales: no graph of onnxruntime reads it" in found
+
+
+def test_a_part_of_a_fused_weight_that_no_graph_reads_is_named(bundle_copy: Path) -> None:
+    v_proj = TensorFile(bundle_copy / LAYER).entries[f"{Q_PROJ.replace('q_proj', 'v_proj')}.qweight"]
+
+    def shorten(model: onnx.ModelProto) -> None:
+        length = external(model, f"{QKV_PROJ}.qweight")["length"]
+        length.value = str(int(length.value) - v_proj.length)
+
+    rewrite_graph(bundle_copy, shorten)
+    (found,) = problems(bundle_copy)["graphs"]
+    assert "v_proj.qweight: no graph of onnxruntime reads it" in found
 
 
 def test_every_dialect_has_all_graphs(bundle_copy: Path) -> None:

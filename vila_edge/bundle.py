@@ -8,6 +8,7 @@ graphs/<dialect>/*.onnx                thin graphs whose initialisers lie in wei
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -76,6 +77,29 @@ class Bundle:
         for _, problem in file_problems(folder, manifest.files):
             raise problem
         return cls(folder, manifest)
+
+    @classmethod
+    @contextlib.contextmanager
+    def checked_meanwhile(cls, path: str | os.PathLike[str]) -> Iterator[Bundle]:
+        """The bundle, while the bytes of its weights are still being compared with the manifest.
+
+        Everything else is checked before the block begins. When it ends, the weights are what the manifest says, or
+        BundleError is raised as by `open`, whatever the block raised. Nothing may be made of them for a user before.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        weights = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{WEIGHTS}/")}
+        for _, problem in file_problems(folder, manifest.files, contents=False):
+            raise problem
+        for _, problem in _changed(folder, {name: e for name, e in manifest.files.items() if name not in weights}):
+            raise problem
+        with ThreadPoolExecutor(1) as pool:
+            check = pool.submit(lambda: [problem for _, problem in _changed(folder, weights)])
+            try:
+                yield cls(folder, manifest)
+            finally:
+                for problem in check.result():
+                    raise problem
 
     @property
     def config(self) -> VilaConfig:
@@ -167,11 +191,15 @@ def file_problems(
                 name,
                 BundleError(f"{folder / name}: not listed in the manifest", "remove it, or copy the bundle again"),
             )
-    if not contents:
-        return
+    if contents:
+        yield from _changed(folder, sound)
+
+
+def _changed(folder: Path, entries: Mapping[str, FileEntry]) -> Iterator[tuple[str, BundleError]]:
+    """Files whose bytes are not those of the manifest."""
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(lambda name: _sha256(folder / name), sound)
-        for (name, entry), digest in zip(sound.items(), digests, strict=True):
+        digests = pool.map(lambda name: _sha256(folder / name), entries)
+        for (name, entry), digest in zip(entries.items(), digests, strict=True):
             if isinstance(digest, BundleError):
                 yield name, digest
             elif digest != entry.sha256:

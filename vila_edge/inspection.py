@@ -221,11 +221,13 @@ class Inspector:
             tensors = {name: _by_offset(file) for name, file in self.weights.items()}
             for place in external_data(data, path):
                 file = f"{WEIGHTS}/{place.location}"
-                entry = tensors.get(file, {}).get(place.offset)
-                if file not in self.damaged and (entry is None or entry.length != place.length):
-                    end = place.offset + place.length
+                begin, end, known = place.offset, place.offset + place.length, tensors.get(file, {})
+                used.add((file, begin))
+                while begin < end and begin in known:  # one tensor, or some behind each other
+                    used.add((file, begin))
+                    begin += known[begin].length
+                if file not in self.damaged and begin != end:
                     problems.append(self._problem(graph, f"bytes {place.offset:,}..{end:,} of {file} are no tensor"))
-                used.add((file, place.offset))
         except (InputError, OSError) as error:
             problems.append(Problem(graph, getattr(error, "message", f"{path}: {error}")))
         if not used and not problems:

@@ -11,6 +11,9 @@ from vila_edge.config import Heads, RopeConfig, TokenOrder, VilaConfig
 
 Shape = tuple[int, ...]
 
+# Linears of one input, which a runtime can compute as one product if their rows lie behind each other.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
 
 def parameter_shapes(cfg: VilaConfig) -> dict[str, Shape]:
     """Name -> shape of every parameter that the architecture reads, in the order it reads them."""
@@ -40,6 +43,22 @@ def component(name: str) -> str:
 def is_quantised(name: str) -> bool:
     """Whether a weight is carried in 4 bits: the linears of the decoder blocks, as AWQ has it."""
     return re.fullmatch(rf"{re.escape(architecture.LLM)}\.layers\.\d+\..*_proj\.weight", name) is not None
+
+
+def fused(linear: str) -> tuple[str, tuple[str, ...]]:
+    """The product that a linear can be a part of, and all its parts; ("", ()) if it stands alone."""
+    parent, _, own = linear.rpartition(".")
+    for name, parts in FUSED.items():
+        if own in parts:
+            return f"{parent}.{name}", tuple(f"{parent}.{part}" for part in parts)
+    return "", ()
+
+
+def storage_order(tensor: str) -> tuple[str, str, int]:
+    """Sorted by this, the tensors of one kind of linears that can be fused lie behind each other in a file."""
+    linear, _, kind = tensor.rpartition(".")
+    name, parts = fused(linear)
+    return (name, kind, parts.index(linear)) if parts else (linear, kind, 0)
 
 
 def count_parameters(cfg: VilaConfig) -> int:

@@ -34,7 +34,7 @@ from vila_edge.timing import Timings
 from vila_edge.tokenizer import Tokenizer
 from vila_edge.visual import Medium, Visual, look, plan, slot_embeds, splice
 
-PREFILL_CHUNK = 512  # positions per call of a long prefill: bounds the memory of activations
+PREFILL_CHUNK = 256  # positions per call of a long prefill: more take more memory, and are no faster on a CPU
 
 FloatArray = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -269,9 +269,9 @@ def load(
 ) -> Pipeline:
     """A pipeline for a bundle, on the chosen backend: see `backends.open_engine`.
 
-    Every file is checked against the manifest first. Raises BundleError, BackendError or UsageError.
+    Every file is checked against the manifest before this returns. Raises BundleError, BackendError or UsageError.
     """
-    opened = Bundle.open(bundle)
-    tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"), opened.config.tokenizer)
-    engine = open_engine(opened, backend, threads, kv_cache, context)
+    with Bundle.checked_meanwhile(bundle) as opened:  # an engine takes as long to load as its weights to be read
+        tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"), opened.config.tokenizer)
+        engine = open_engine(opened, backend, threads, kv_cache, context)
     return Pipeline(opened.manifest.name, opened.config, tokenizer, engine, context, opened.manifest.digest)

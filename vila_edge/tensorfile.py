@@ -92,11 +92,11 @@ def layout(
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """The head of a safetensors file of these tensors, and where each of them will lie in it.
 
-    Wide types come first, then names in order; the data begins at a multiple of `ALIGNMENT` bytes.
+    Wide types come first, otherwise the order is that of `specs`; the data begins at a multiple of `ALIGNMENT` bytes.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     entries, position = dict[str, TensorEntry](), 0
-    for name in sorted(specs, key=lambda name: (-DTYPES[specs[name][0]].itemsize, name)):
+    for name in sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize):
         dtype, shape = specs[name]
         length = math.prod(shape) * DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + length]}
@@ -115,7 +115,7 @@ def write_stream(
     read: Callable[[str], Iterable[NDArray[Any]]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """A safetensors file, tensor by tensor: `read(name)` gives each in pieces. The same tensors give the same bytes."""
+    """A safetensors file, tensor by tensor: `read(name)` gives each in pieces."""
     head, entries = layout(specs, metadata)
     with fsio.new_file(path) as file:
         file.write(head)
@@ -126,8 +126,8 @@ def write_stream(
             assert file.tell() == entry.offset + entry.length, (name, file.tell(), entry)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """A safetensors file of arrays. The same tensors give the same bytes."""
+def write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], order: Callable[[str], Any] = str) -> None:
+    """A safetensors file of arrays, sorted by name or by another `order`. The same tensors give the same bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    specs = {name: (names[array.dtype], array.shape) for name, array in tensors.items()}
+    specs = {name: (names[tensors[name].dtype], tensors[name].shape) for name in sorted(tensors, key=order)}
     write_stream(path, specs, lambda name: [tensors[name]])

@@ -6,32 +6,69 @@ a kv_cache in 8 bits, which it takes since 1.26.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vila_edge import bindings, kv_scales
+from vila_edge.bindings import GraphBindings
 from vila_edge.config import Heads, RopeConfig
-from vila_edge.export.graph_ops import GraphOps
+from vila_edge.export.graph_ops import GraphOps, StoredTensor
+from vila_edge.parameters import Shape, fused
+from vila_edge.tensorfile import TensorEntry
 
 CONTRIB = "com.microsoft"
 ROPE_COS, ROPE_SIN = "llm.rope.cos", "llm.rope.sin"  # tables [context, dim / 2] in the weights
+
+KINDS = {"qweight": 4, "qweight_int8": 8}  # what a weight is stored as -> its bits
 
 # How MatMulNBits may round its activations: 1 keeps float32, 4 allows int8 (four times as fast on a CPU).
 ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4
 
 
 class OnnxruntimeOps(GraphOps):
-    """Linears whose weight is stored in 4 or 8 bits use it as it is; the kv_cache is a buffer updated in place."""
+    """Linears whose weight is stored in 4 or 8 bits use it as it is; the kv_cache is a buffer updated in place.
+
+    Linears of one input whose weights lie behind each other are one product: what a token costs beside its reading of
+    the weights is less then.
+    """
 
     contrib_opsets = ((CONTRIB, 1),)
     accuracy_level = ACCURACY_INT8
 
+    def __init__(
+        self, weights: Mapping[str, StoredTensor], bindings: GraphBindings, shapes: Mapping[str, Shape]
+    ) -> None:
+        super().__init__(weights, bindings, shapes)
+        self._parts: dict[tuple[str, str], str] = {}  # (input, linear) -> its part of a fused product
+
     def linear(self, x: str, name: str, out: int, bias: bool = True) -> str:
-        for bits, qweight in ((4, f"{name}.qweight"), (8, f"{name}.qweight_int8")):
-            if qweight in self.weights:
-                return self._add_bias(self._quantised_product(x, name, qweight, bits), name, bias)
+        if (x, name) not in self._parts:
+            self._fuse(x, name)
+        if (x, name) in self._parts:
+            return self._add_bias(self._parts[x, name], name, bias)
+        for kind in KINDS:
+            if f"{name}.{kind}" in self.weights:
+                return self._add_bias(self._quantised_product(x, name, kind), name, bias)
         return super().linear(x, name, out, bias)
 
-    def _quantised_product(self, x: str, name: str, qweight: str, bits: int) -> str:
+    def _fuse(self, x: str, name: str) -> None:
+        """One product for a linear and those of the same input, if they are stored for it."""
+        whole, parts = fused(name)
+        for kind in KINDS:
+            tensors = [what for what in (kind, "scales", "qzeros") if f"{name}.{what}" in self.weights]
+            joined = {what: _joined([self.weights.get(f"{part}.{what}") for part in parts]) for what in tensors}
+            if kind not in joined or not all(joined.values()):
+                continue
+            rows = [self.shapes[f"{part}.weight"][0] for part in parts]
+            self.shapes = {**self.shapes, f"{whole}.weight": (sum(rows), self.shapes[f"{name}.weight"][1])}
+            self.weights = {**self.weights, **{f"{whole}.{what}": tensor for what, tensor in joined.items() if tensor}}
+            y = self._quantised_product(x, whole, kind)
+            cut = [f"{part}/Split" for part in parts]
+            self.multi_output_node("Split", [y, self.constant(rows)], cut, f"{whole}/Split", "", axis=-1)
+            self._parts |= {(x, part): value for part, value in zip(parts, cut, strict=True)}
+
+    def _quantised_product(self, x: str, name: str, kind: str) -> str:
+        qweight, bits = f"{name}.{kind}", KINDS[kind]
         rows, columns = self.shapes[f"{name}.weight"]
         row_bytes = self.weights[qweight].entry.shape[1]
         groups = self.weights[f"{name}.scales"].entry.shape[1]
@@ -77,6 +114,21 @@ class OnnxruntimeOps(GraphOps):
         scales = [self.stored(kv_scales.name(part, layer)) for part in ("key", "value")]
         quantised = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
         return [*unused, *scales], quantised
+
+
+def _joined(tensors: Sequence[StoredTensor | None]) -> StoredTensor | None:
+    """Matrices as one whose rows are all of theirs, or None if they do not lie behind each other."""
+    if not tensors or None in tensors:
+        return None
+    found = [tensor for tensor in tensors if tensor]
+    first, ends = found[0], [tensor.entry.offset + tensor.entry.length for tensor in found]
+    if any(tensor.location != first.location for tensor in found):
+        return None
+    if [tensor.entry.offset for tensor in found[1:]] != ends[:-1]:
+        return None
+    shape = (sum(tensor.entry.shape[0] for tensor in found), *first.entry.shape[1:])
+    entry = TensorEntry(first.entry.dtype, shape, first.entry.offset, ends[-1] - first.entry.offset)
+    return StoredTensor(first.location, entry)
 
 
 class OnnxruntimeHalfOps(OnnxruntimeOps):

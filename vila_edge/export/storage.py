@@ -10,7 +10,7 @@ from vila_edge.bundle import EMBED_TOKENS_FILE, KV_SCALES_FILE, WEIGHTS
 from vila_edge.config import VilaConfig
 from vila_edge.export.graph_ops import StoredTensor
 from vila_edge.export.onnxruntime_ops import ROPE_COS, ROPE_SIN
-from vila_edge.parameters import component, is_quantised, linears, parameter_shapes
+from vila_edge.parameters import component, is_quantised, linears, parameter_shapes, storage_order
 from vila_edge.stored import Form
 from vila_edge.tensorfile import Spec, layout
 
@@ -44,6 +44,9 @@ class StoragePlan:
         table = ("F32", (cfg.llm.context_length, cfg.llm.head_dim // 2))
         self.files[LLM_FILE] |= {ROPE_COS: table, ROPE_SIN: table}
         self.files[KV_SCALES_FILE] = kv_scales.specs(cfg.llm)
+        self.files = {
+            file: {name: specs[name] for name in sorted(specs, key=storage_order)} for file, specs in self.files.items()
+        }
 
     def form(self, name: str) -> Form:
         """How a parameter is stored."""

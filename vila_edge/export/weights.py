@@ -20,6 +20,7 @@ from vila_edge.export.graphs import write_graphs
 from vila_edge.export.onnxruntime_ops import ROPE_COS, ROPE_SIN, OnnxruntimeOps
 from vila_edge.export.source import Source
 from vila_edge.export.storage import StoragePlan, file_of
+from vila_edge.parameters import storage_order
 from vila_edge.tensorfile import TensorFile, write_stream, write_tensors
 
 Tensors = dict[str, NDArray[Any]]
@@ -115,7 +116,7 @@ def write_model(
     (folder / WEIGHTS).mkdir(parents=True)
     places: dict[str, StoredTensor] = {}
     for file, content in files.items():
-        write_tensors(folder / file, content)
+        write_tensors(folder / file, content, storage_order)
         entries = TensorFile(folder / file).entries
         places |= {name: StoredTensor(Path(file).name, entry) for name, entry in entries.items()}
     write_graph_files(folder, cfg, places, dialect)
