@@ -19,10 +19,13 @@ FILES = [
     "weights/embed_tokens.safetensors",
     "weights/llm.layers.000.safetensors",
     "weights/llm.layers.001.safetensors",
+    "weights/kv_scales.safetensors",
     "weights/llm.safetensors",
     "weights/mm_projector.safetensors",
     "weights/vision_tower.safetensors",
     "graphs/onnxruntime/decoder.onnx",
+    "graphs/onnxruntime/decoder_float16.onnx",
+    "graphs/onnxruntime/decoder_int8.onnx",
     "graphs/onnxruntime/mm_projector.onnx",
     "graphs/onnxruntime/vision_tower.onnx",
 ]

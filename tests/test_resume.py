@@ -66,7 +66,7 @@ def test_crashes_between_any_two_writes_change_nothing(
 
     monkeypatch.setattr(job, "quantise_block", counted)
     while not (tmp_path / "b").exists():  # under its name it is whole
-        disk.left = rng.randint(1, 15)  # the writes behind the last step alone are nearly as many
+        disk.left = rng.randint(1, 18)  # the writes behind the last step alone are nearly as many
         before = len(searched)
         try:
             export(tiny_checkpoint, tmp_path / "b")
