@@ -79,8 +79,8 @@ def build(
     module = _one_of("--runtime", runtime, RUNTIME_CHOICES)
     form = _one_of("--kv-form", kv_form, KV_CHOICES)
     trt = load_tensorrt(module)
-    target = find_target(trt, sm)
     opened = Bundle.open(bundle)
+    target = find_target(trt, sm)
     options = choose_options(
         opened.config,
         trt,

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_edge.bindings import INPUTS_EMBEDS, LOGITS, LOGITS_TO_KEEP, POSITION_IDS, Binding, GraphBindings
+from vila_edge.caches import check_room
 from vila_edge.engine.cuda.device import ALIGNMENT, Arena, Graph, Staging, Stream, nbytes
 from vila_edge.engine.tensorrt_options import MAX_KEPT, BuildOptions
 from vila_edge.engine.tensorrt_session import LoadedEngine, Session
-from vila_edge.errors import BackendError, ContextError, UsageError
+from vila_edge.errors import BackendError, UsageError
 
 PREFILL, DECODE = 0, 1  # optimisation profiles of the engine
 PAST = "past_"
@@ -100,8 +101,7 @@ class Decoder:
     def forward(self, inputs_embeds: FloatArray, cache: TensorrtCache, logits_to_keep: Sequence[int]) -> FloatArray:
         """As in `Engine`. Raises ContextError if the cache has no room for the new positions."""
         new = len(inputs_embeds)
-        if cache.length + new > cache.capacity:
-            raise ContextError(f"{cache.length + new} positions do not fit into a kv_cache of {cache.capacity}")
+        check_room(cache.length, new, cache.capacity)
         kept = [position % new for position in logits_to_keep]
         rows = dict[int, FloatArray]()
         for start, stop, wanted in runs(new, sorted(set(kept)), self._options.chunk):
