@@ -18,7 +18,7 @@ import typer
 from export.common import chosen, open_checkpoint, run_script
 from vila_edge import fsio
 from vila_edge.bundle import GRAPHS
-from vila_edge.engine.onnxruntime import DIALECT
+from vila_edge.engine.onnxruntime_session import DIALECT
 from vila_edge.errors import UsageError
 from vila_edge.export import recipe as recipes
 from vila_edge.export.storage import StoragePlan

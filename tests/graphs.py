@@ -45,9 +45,13 @@ def handmade_bundle(cfg: VilaConfig, tensors: dict[str, NDArray[Any]], folder: P
 
 
 def graph_engine(
-    cfg: VilaConfig, tensors: dict[str, NDArray[Any]], folder: Path, kv_cache: CacheType = "float32"
+    cfg: VilaConfig,
+    tensors: dict[str, NDArray[Any]],
+    folder: Path,
+    kv_cache: CacheType = "float32",
+    parts: int | None = None,
 ) -> OnnxruntimeEngine:
-    return OnnxruntimeEngine(handmade_bundle(cfg, tensors, folder), threads=1, kv_cache=kv_cache)
+    return OnnxruntimeEngine(handmade_bundle(cfg, tensors, folder), threads=1, kv_cache=kv_cache, parts=parts)
 
 
 class Int8CacheOps(NumpyOps):

@@ -14,7 +14,7 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 
 from vila_edge import bindings
 from vila_edge.bundle import Bundle
-from vila_edge.engine.onnxruntime import session
+from vila_edge.engine.onnxruntime_session import session
 from vila_edge.engine.tensorrt_options import COMPONENTS, BuildOptions, graph_bindings
 from vila_edge.errors import BackendError
 from vila_edge.export.engines import write_files

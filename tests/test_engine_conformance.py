@@ -42,7 +42,9 @@ BACKENDS = (
     "torch",
     "onnxruntime, fp32",
     "onnxruntime, int4",
+    "onnxruntime, int4, in parts",
     "onnxruntime, int4, int8 kv_cache",
+    "onnxruntime, int4, int8 kv_cache, in parts",
     "onnxruntime, int4, float16",
     *(f"tensorrt, {kind}" for kind in KINDS),
 )
@@ -61,12 +63,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "torch":
         return Pair(numpy_parameters_engine(TINY, PARAMS), numpy_engine(TINY, PARAMS))
     tensors, meant = int4_tensors(PARAMS, 32) if "int4" in request.param else (PARAMS, PARAMS)
+    parts = 2 if "in parts" in request.param else None
     if "float16" in request.param:  # the graph for a GPU, here on the CPU
         return Pair(graph_engine(TINY, tensors, folder, "float16"), numpy_engine(TINY, meant), atol=0.01)
     if "int8" not in request.param:
-        return Pair(graph_engine(TINY, tensors, folder), numpy_engine(TINY, meant))
+        return Pair(graph_engine(TINY, tensors, folder, parts=parts), numpy_engine(TINY, meant))
     scales = scales_for(TINY, meant, IDS)
-    return Pair(graph_engine(TINY, tensors | scales, folder, "int8"), int8_cache_oracle(TINY, meant, scales))
+    return Pair(graph_engine(TINY, tensors | scales, folder, "int8", parts), int8_cache_oracle(TINY, meant, scales))
 
 
 def test_images(pair: Pair) -> None:

@@ -16,7 +16,7 @@ from tests.tiny import TINY, random_parameters
 from vila_edge import bindings
 from vila_edge.bindings import GraphBindings
 from vila_edge.bundle import GRAPHS, WEIGHTS
-from vila_edge.engine.onnxruntime import DIALECT, session
+from vila_edge.engine.onnxruntime_session import DIALECT, session
 from vila_edge.engine.tensorrt_options import BuildOptions, graph_bindings
 
 OLDEST = "1.23.2"  # the last for Python 3.10, which JetPack 6 has

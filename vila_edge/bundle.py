@@ -23,6 +23,7 @@ from vila_edge import fsio
 from vila_edge.config import VilaConfig
 from vila_edge.errors import BundleError, ConfigError, InputError
 from vila_edge.plain import from_plain
+from vila_edge.remembered import Remembered
 
 FORMAT = "vila-edge bundle"
 FORMAT_VERSION = 3
@@ -85,6 +86,7 @@ class Bundle:
 
         Everything else is checked before the block begins. When it ends, the weights are what the manifest says, or
         BundleError is raised as by `open`, whatever the block raised. Nothing may be made of them for a user before.
+        Weights that nothing touched since they were compared last are not read again.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -93,6 +95,9 @@ class Bundle:
             raise problem
         for _, problem in _changed(folder, {name: e for name, e in manifest.files.items() if name not in weights}):
             raise problem
+        remembered = Remembered(folder)
+        weights = {name: entry for name, entry in weights.items() if remembered.digest(name) != entry.sha256}
+        before = remembered.states(weights)
         with ThreadPoolExecutor(1) as pool:
             check = pool.submit(lambda: [problem for _, problem in _changed(folder, weights)])
             try:
@@ -100,6 +105,7 @@ class Bundle:
             finally:
                 for problem in check.result():
                     raise problem
+                remembered.keep({name: entry.sha256 for name, entry in weights.items()}, before)
 
     @property
     def config(self) -> VilaConfig:

@@ -84,6 +84,14 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def user_cache() -> Path:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/vila-edge`, or below ~/.cache. RuntimeError without a home."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the specification says to ignore others
+        base = str(Path.home() / ".cache")
+    return Path(base) / "vila-edge"
+
+
 def make_folder(path: Path) -> None:
     """A folder and those above it, unless they exist. Raises VilaEdgeError if it cannot be made."""
     try:

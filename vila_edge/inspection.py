@@ -25,7 +25,7 @@ from vila_edge.bundle import (
     read_manifest,
 )
 from vila_edge.engine.onnx_file import check_external_data, external_data
-from vila_edge.engine.onnxruntime import DIALECT, GRAPH_SIZE_LIMIT
+from vila_edge.engine.onnxruntime_session import DIALECT, GRAPH_SIZE_LIMIT
 from vila_edge.errors import BundleError, InputError
 from vila_edge.inventory import Inventory, said_otherwise, take_inventory
 from vila_edge.templates import get_template

@@ -79,7 +79,7 @@ def export(
         raise UsageError(
             f"export needs the package {error.name!r}, which is not installed", "pip install 'vila-edge[export]'"
         ) from None
-    from vila_edge.engine.onnxruntime import usable_cores
+    from vila_edge.engine.onnxruntime_session import usable_cores
 
     if to not in ("bundle", "autoawq"):
         raise UsageError(f"--to {to}: expected bundle or autoawq")

@@ -79,13 +79,10 @@ def build_flags(component: str, options: BuildOptions) -> dict[str, Flag]:
 
 def default_root() -> Path:
     """`$XDG_CACHE_HOME/vila-edge/engines`, or the same below ~/.cache. Raises BackendError if there is no home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the specification says to ignore others
-        try:
-            base = str(Path.home() / ".cache")
-        except RuntimeError as error:
-            raise BackendError(f"no place for engines: {error}", _ELSEWHERE) from None
-    return Path(base) / "vila-edge" / "engines"
+    try:
+        return fsio.user_cache() / "engines"
+    except RuntimeError as error:
+        raise BackendError(f"no place for engines: {error}", _ELSEWHERE) from None
 
 
 class EngineCache:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vila_edge.engine.protobuf import fields
 from vila_edge.errors import BundleError
 
 # Field numbers of onnx.proto3 that lead from a message to the messages that can hold a tensor.
@@ -69,12 +70,12 @@ def _walk(message: memoryview, kind: str, depth: int) -> Iterator[ExternalData]:
     if depth > _MAX_DEPTH:
         raise ValueError(f"nested deeper than {_MAX_DEPTH} messages")
     if kind == _TENSOR:
-        entries = dict(_entry(value) for number, value in _fields(message) if number == _TENSOR_EXTERNAL_DATA)
+        entries = dict(_entry(value) for number, value in fields(message) if number == _TENSOR_EXTERNAL_DATA)
         if entries:
             yield _external(entries)
         return
     children = _CHILDREN[kind]
-    for number, value in _fields(message):
+    for number, value in fields(message):
         if number in children:
             yield from _walk(value, children[number], depth + 1)
 
@@ -85,40 +86,5 @@ def _external(entries: Mapping[str, str]) -> ExternalData:
 
 def _entry(message: memoryview) -> tuple[str, str]:
     """A StringStringEntryProto."""
-    fields = dict(_fields(message))
-    return bytes(fields.get(1, b"")).decode(), bytes(fields.get(2, b"")).decode()
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each length-delimited field; fields of other wire types are passed over."""
-    position = 0
-    while position < len(message):
-        tag, position = _varint(message, position)
-        wire_type = tag & 7
-        if wire_type == 0:
-            _, position = _varint(message, position)
-        elif wire_type == 1:
-            position += 8
-        elif wire_type == 2:
-            length, position = _varint(message, position)
-            if position + length > len(message):
-                raise ValueError("a field reaches beyond its message")
-            yield tag >> 3, message[position : position + length]
-            position += length
-        elif wire_type == 5:
-            position += 4
-        else:
-            raise ValueError(f"wire type {wire_type}")
-    if position != len(message):
-        raise ValueError("a field reaches beyond its message")
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise ValueError("a number of more than 10 bytes")
+    found = dict(fields(message))
+    return bytes(found.get(1, b"")).decode(), bytes(found.get(2, b"")).decode()

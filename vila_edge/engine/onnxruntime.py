@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from vila_edge import architecture, bindings, fsio
-from vila_edge.bundle import EMBED_TOKENS_FILE, GRAPHS, WEIGHTS, Bundle
+from vila_edge import architecture, bindings
+from vila_edge.bundle import EMBED_TOKENS_FILE, GRAPHS, Bundle
 from vila_edge.caches import check_room
-from vila_edge.engine.onnx_file import check_external_data
-from vila_edge.errors import BackendError, BundleError
+from vila_edge.engine.onnxruntime_session import (
+    DIALECT,
+    Device,
+    check_cuda,
+    load_decoder,
+    load_graph,
+    usable_cores,
+)
+from vila_edge.errors import BundleError
 from vila_edge.stored import StoredParameters
 from vila_edge.tensorfile import TensorFile
 
-DIALECT = "onnxruntime"
-GRAPH_SIZE_LIMIT = 64 << 20  # a graph is thin: its weights lie elsewhere
-
-CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
-
 FloatArray = NDArray[np.float32]
-Device = Literal["cpu", "cuda"]
 
 
 class OnnxruntimeCache:
@@ -55,8 +52,11 @@ class OnnxruntimeEngine:
         threads: int | None = None,
         kv_cache: bindings.CacheType = "float32",
         device: Device = "cpu",
+        parts: int | None = None,
     ) -> None:
         """`kv_cache`: float32 or int8 on the CPU, float16 (with the decoder's activations) on the GPU.
+
+        `parts` of the decoder that are loaded side by side, by default as many as help.
 
         Raises BundleError if a graph is missing or would read outside of the bundle, BackendError if one does not
         load, or if this onnxruntime has no CUDA.
@@ -71,9 +71,9 @@ class OnnxruntimeEngine:
                 f"{bundle.path} has no graph of a decoder with a kv_cache in {kv_cache}",
                 "export the checkpoint again with this version of vila-edge, or take --backend onnxruntime as it is",
             )
-        self._vision_tower = _session(bundle, "vision_tower", self.threads, device)
-        self._mm_projector = _session(bundle, "mm_projector", self.threads, device)
-        self._decoder = _session(bundle, decoder, self.threads, device)
+        self._vision_tower = load_graph(bundle, "vision_tower", self.threads, device)
+        self._mm_projector = load_graph(bundle, "mm_projector", self.threads, device)
+        self._decoder = load_decoder(bundle, decoder, self.threads, device, parts)
         self._activations = next(b.dtype for b in bindings.decoder(self.cfg, kv_cache).inputs)
         self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE))])
 
@@ -108,76 +108,23 @@ class OnnxruntimeEngine:
         """Raises ContextError if the cache has no room for the new positions."""
         new = len(inputs_embeds)
         total = check_room(cache.length, new, cache.capacity)
-        kept = np.asarray([position % new for position in logits_to_keep], np.int64)
-        binding = self._decoder.io_binding()
-        binding.bind_cpu_input(bindings.INPUTS_EMBEDS, np.ascontiguousarray(inputs_embeds[None], self._activations))
-        binding.bind_cpu_input(bindings.LAST_POSITION, np.asarray([total - 1], np.int32))
-        binding.bind_cpu_input(bindings.TOTAL_LENGTH, np.asarray(total, np.int32))
-        binding.bind_cpu_input(bindings.LOGITS_TO_KEEP, kept)
-        binding.bind_output(bindings.LOGITS)
-        for name, buffer in cache.buffers.items():  # the new keys and values go into the buffer they came from
-            binding.bind_ortvalue_input(f"past_{name}", buffer)
-            binding.bind_ortvalue_output(f"present_{name}", buffer)
-        self._decoder.run_with_iobinding(binding)
+        numbers = {
+            bindings.LAST_POSITION: np.asarray([total - 1], np.int32),
+            bindings.TOTAL_LENGTH: np.asarray(total, np.int32),
+            bindings.LOGITS_TO_KEEP: np.asarray([position % new for position in logits_to_keep], np.int64),
+        }
+        hidden = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs_embeds[None], self._activations))
+        for part in self._decoder:
+            binding = part.session.io_binding()
+            binding.bind_ortvalue_input(part.hidden_in, hidden)
+            binding.bind_output(part.hidden_out)
+            for name in part.inputs & numbers.keys():
+                binding.bind_cpu_input(name, numbers[name])
+            for name in part.caches:  # the new keys and values go into the buffer they came from
+                binding.bind_ortvalue_input(f"past_{name}", cache.buffers[name])
+                binding.bind_ortvalue_output(f"present_{name}", cache.buffers[name])
+            part.session.run_with_iobinding(binding)
+            hidden = binding.get_outputs()[0]
         cache.length = total
-        logits: FloatArray = binding.get_outputs()[0].numpy()[0]
+        logits: FloatArray = hidden.numpy()[0]
         return logits
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def check_cuda() -> None:
-    """Raises BackendError if this onnxruntime was built without its CUDA provider."""
-    found = ort.get_available_providers()
-    if CUDA_PROVIDER not in found:
-        raise BackendError(
-            f"onnxruntime {ort.__version__} has no {CUDA_PROVIDER}, only {', '.join(found)}",
-            "pip uninstall onnxruntime && pip install onnxruntime-gpu (on a Jetson, NVIDIA's own wheel of it), or take "
-            "--backend onnxruntime for the CPU",
-        )
-
-
-def _session(bundle: Bundle, graph: str, threads: int, device: Device) -> Any:
-    """One graph of a bundle, after a look at what it would read."""
-    path = bundle.file(f"{GRAPHS}/{DIALECT}/{graph}.onnx")
-    data = fsio.read_bytes(path, GRAPH_SIZE_LIMIT)
-    weights = (bundle.path / WEIGHTS).resolve()
-    check_external_data(data, weights, path)
-    return session(data, weights, path, threads, device=device)
-
-
-def session(graph: bytes, weights: Path, source: Path, threads: int, arena: bool = True, device: Device = "cpu") -> Any:
-    """A serialised graph, loaded: onnxruntime is told the folder of the weights and opens no other path.
-
-    Without an `arena` it gives back what it does not need, and is slower.
-    Raises BackendError that names `source` if it does not load, or not on the `device`.
-    """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.enable_cpu_mem_arena = arena
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    try:
-        loaded = ort.InferenceSession(graph, options, providers=[CUDA_PROVIDER] if device == "cuda" else [CPU_PROVIDER])
-    except Exception as error:  # onnxruntime's own exceptions have no common base but this
-        reason = str(error).replace(str(Path.cwd()), ".").strip().splitlines()[0]
-        raise BackendError(
-            f"onnxruntime {ort.__version__} cannot load {source}: {reason}", "vila-edge needs onnxruntime 1.23 or newer"
-        ) from None
-    if device == "cuda" and CUDA_PROVIDER not in loaded.get_providers():  # onnxruntime goes on without it
-        raise BackendError(
-            f"onnxruntime {ort.__version__} cannot start its {CUDA_PROVIDER} for {source}",
-            "its CUDA and cuDNN must be installed: pip install 'onnxruntime-gpu[cuda,cudnn]'; or take --backend onnxruntime",
-        )
-    _trim_heap()
-    return loaded
-
-
-def _trim_heap() -> None:
-    """Give the copies that loading made back to the system: glibc alone keeps what was allocated in small pieces."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # another C library keeps less
-        trim(0)

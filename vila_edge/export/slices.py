@@ -16,7 +16,7 @@ from vila_edge import architecture, bindings, fsio
 from vila_edge.bundle import GRAPHS, WEIGHTS
 from vila_edge.config import VilaConfig
 from vila_edge.engine.onnx_file import check_external_data
-from vila_edge.engine.onnxruntime import DIALECT, GRAPH_SIZE_LIMIT, session
+from vila_edge.engine.onnxruntime_session import DIALECT, GRAPH_SIZE_LIMIT, session
 from vila_edge.errors import BundleError
 from vila_edge.export.workers import release_memory
 

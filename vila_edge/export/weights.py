@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from vila_edge import architecture, fsio, int4, int8
 from vila_edge.bundle import GRAPHS, TOKENIZER, WEIGHTS, Bundle, write_manifest
 from vila_edge.config import LlmConfig, VilaConfig
-from vila_edge.engine.onnxruntime import DIALECT
+from vila_edge.engine.onnxruntime_session import DIALECT
 from vila_edge.errors import ParityError
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.graph_ops import GraphOps, StoredTensor
