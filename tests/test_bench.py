@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from tests.test_cli import Done, in_process
 from tests.tiny import TINY
-from vila_edge.bench import bandwidth, cold, machine, run, stages
+from vila_edge.bench import agreement, bandwidth, cold, machine, run, stages
 from vila_edge.bench.report import markdown, sheets
 from vila_edge.bench.run import bench
 from vila_edge.bench.traffic import kv_cache_bytes, parts_of, weight_bytes
 from vila_edge.bench.workload import Options, Workload, noise_images, plan_workload, random_ids
 from vila_edge.bundle import Bundle
 from vila_edge.errors import BackendError, BundleError, InputError, UsageError
-from vila_edge.pipeline import Pipeline
+from vila_edge.pipeline import Pipeline, load
+from vila_edge.sampler import Sampling
 
 __all__ = ["in_process"]
 
@@ -157,6 +158,31 @@ def test_a_kv_cache_in_8_bits_is_measured_as_such(tiny_bundle: Path, known_bandw
     found = bench(tiny_bundle, dataclasses.replace(OPTIONS, kv_cache="int8", images=0, contexts=(8,), repeat=1))
     assert "int8" in found["backend"]
     assert found["decode"][0]["kv_cache_bytes"] == (8 + 2.5) * 2 * 2 * 2 * 16
+    wide, narrow = (load(tiny_bundle, threads=1, kv_cache=kind) for kind in ("float32", "int8"))
+    ids, want = agreement.answer(wide, 0)
+    again, got = agreement.answer(narrow, 0, ids)
+    assert again == ids
+    assert found["agreement"]["positions"] == len(ids) > 50
+    same = float((want.argmax(-1) == got.argmax(-1)).mean())
+    assert found["agreement"]["top1_agreement"] == pytest.approx(same)
+    assert same > 0.5
+    assert 0 < found["agreement"]["mean_kl"] < 0.1
+    assert f"| same most likely token | {same:.1%} |" in markdown(found)
+
+
+def test_an_answer_is_what_the_model_says_greedily(tiny_bundle: Path, pipeline: Pipeline) -> None:
+    ids, logits = agreement.answer(pipeline, 1)
+    assert ids == [int(row.argmax()) for row in logits]
+    reply = pipeline.generate(agreement.QUESTION, noise_images(1), Sampling(temperature=0, max_new_tokens=len(ids)))
+    assert ids[: len(reply.token_ids)] == reply.token_ids
+    found = agreement.compare_caches(tiny_bundle, OPTIONS, pipeline)  # with itself
+    assert found["top1_agreement"] == 1
+    assert found["mean_kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_an_answer_to_compare_with_that_fails_is_said(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"to compare with, was not given: .*no such directory"):
+        agreement.compare_caches(tmp_path / "nowhere", OPTIONS, pipeline)
 
 
 def test_the_defaults_are_as_long_as_the_model_allows(tiny_bundle: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.cpu_peers import random_bundle
+from benchmarks.cpu_peers.shape import Shape
 from tests.families import FAMILIES, config_of, shrink
 from tests.graphs import handmade_bundle
 from tests.test_tensorrt_graphs import FORMS, stored_as
@@ -237,3 +239,15 @@ def test_tensorrt_rtx_measures_nothing_and_leaves_no_timing_cache(tiny: Bundle, 
 def test_an_engine_without_text_is_described_as_empty() -> None:
     plan = describe_plan(b"\0" * 1000)
     assert (plan.tensors, plan.constants, plan.widened) == ({}, {}, 0)
+
+
+@pytest.mark.slow
+def test_a_decoder_of_the_size_of_vila15_3b(tmp_path: Path, build: Build) -> None:
+    """32 layers of real dimensions, 4 bits with zero points, in the form that Jetson's TensorRT takes and in the other."""
+    random_bundle.write(Shape(), tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    options = dataclasses.replace(OPTIONS, context=2048, chunk=512, form="scatter")
+    plan = build(bundle, "decoder", options)
+    check_plan(plan, bundle.config, "decoder", options)
+    described = describe_plan(plan)
+    print(len(plan), described.widened, described.kernels.most_common(40), described.constants)

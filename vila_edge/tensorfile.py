@@ -49,9 +49,13 @@ class TensorEntry:
 class TensorFile:
     """The tensors of one file, by name."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises InputError if the file is missing, damaged or holds a type that is not understood."""
+    def __init__(self, path: Path, keep_mapped: bool = False) -> None:
+        """Raises InputError if the file is missing, damaged or holds a type that is not understood.
+
+        `keep_mapped`: a tensor is mapped once, and not for each use, for one of which some rows are read every token.
+        """
         self.path = path
+        self._mapped: dict[str, NDArray[Any]] | None = {} if keep_mapped else None
         try:
             with safe_open(path, framework="numpy"):  # the library checks the header against the file
                 pass
@@ -72,11 +76,16 @@ class TensorFile:
 
     def array(self, name: str) -> NDArray[Any]:
         """A tensor as it is stored, mapped and not read; bfloat16 as the bits of uint16."""
+        if self._mapped and name in self._mapped:
+            return self._mapped[name]
         entry = self.entries[name]
         dtype = DTYPES[entry.dtype]
         if not entry.length:
             return np.zeros(entry.shape, dtype)
-        return np.memmap(self.path, dtype, "r", entry.offset, entry.shape)
+        found = np.memmap(self.path, dtype, "r", entry.offset, entry.shape)
+        if self._mapped is not None:
+            self._mapped[name] = found
+        return found
 
     def float32(self, name: str, rows: slice | NDArray[np.int64] = _ALL) -> NDArray[np.float32]:
         """A tensor of floats, or those of its rows, read and widened to float32."""

@@ -3,7 +3,7 @@
     python -m vila_edge.bench.cold REQUEST      one JSON object as soon as the first token is there
 
 What the files of the bundle are read from is not in its hands: here they were just read, so they come from memory as
-far as that holds them.
+far as that holds them. A start that is not the first one also believes the digests of weights that nothing touched.
 """
 
 from __future__ import annotations

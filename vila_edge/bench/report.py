@@ -20,7 +20,7 @@ class Sheet:
 
 def sheets(found: dict[str, Any]) -> list[Sheet]:
     """What people want to know of a result of `run.bench`."""
-    return [_stages(found), _decode(found), _other(found)]
+    return [_stages(found), _decode(found), _other(found), *([_agreement(found)] if found["agreement"] else [])]
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -86,6 +86,18 @@ def _other(found: dict[str, Any]) -> Sheet:
         ("most memory it held, MB", _mb((cold["memory"] or {}).get("peak"))),
     ]
     return Sheet("Memory and start", ("", "value"), rows)
+
+
+def _agreement(found: dict[str, Any]) -> Sheet:
+    agreement = found["agreement"]
+    rows = [
+        ("same most likely token", f"{agreement['top1_agreement']:.1%}"),
+        ("KL divergence, nats", f"{agreement['mean_kl']:.2g}"),
+    ]
+    title = (
+        f"kv_cache in {found['options']['kv_cache']} against float32, {agreement['positions']} positions of an answer"
+    )
+    return Sheet(title, ("", "value"), rows)
 
 
 def _ms(value: float) -> str:

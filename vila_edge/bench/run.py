@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vila_edge.bench.agreement import compare_caches
 from vila_edge.bench.bandwidth import read_bandwidth
 from vila_edge.bench.cold import cold_start
 from vila_edge.bench.machine import machine, process_memory, versions
@@ -47,6 +48,10 @@ def bench(bundle: Path, options: Options | None = None, progress: Progress = lam
     memory = process_memory()
     progress("reading memory")
     bandwidth += read_bandwidth(threads)
+    agreement = None
+    if options.kv_cache != "float32":
+        progress("an answer with a kv_cache in 32 bits")
+        agreement = compare_caches(bundle, options, pipeline)
     best = max(bandwidth)
     return {
         "date": date,
@@ -60,6 +65,7 @@ def bench(bundle: Path, options: Options | None = None, progress: Progress = lam
         "stages": _stages(samples, work),
         "decode": _decode(opened, _kv_type(options), samples, work, best if options.on_cpu else None),
         "cold_start": cold,
+        "agreement": agreement,
         "memory": _memory(opened, options, work, memory),
         "read_bandwidth": {"bytes_per_s": best, "threads": threads, "samples": bandwidth},
     }

@@ -54,7 +54,7 @@ class _Graph:
                 self.values[number][_texts(content, name)[0]] = raw
             else:
                 self.rest.append(raw)
-        self.makers = {output: index for index, node in enumerate(self.nodes) for output in node.outputs}
+        self.makers = {output: index for index, node in enumerate(self.nodes) for output in node.outputs if output}
 
     def split(self, layers: int, parts: int) -> list[bytes]:
         seams = [self._entrance(layers * part // parts) for part in range(1, parts)] if parts <= layers else []

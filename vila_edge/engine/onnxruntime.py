@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from vila_edge import architecture, bindings
 from vila_edge.bundle import EMBED_TOKENS_FILE, GRAPHS, Bundle
 from vila_edge.caches import check_room
 from vila_edge.engine.onnxruntime_session import (
     DIALECT,
+    DecoderPart,
     Device,
     check_cuda,
     load_decoder,
@@ -29,7 +31,9 @@ FloatArray = NDArray[np.float32]
 class OnnxruntimeCache:
     """One buffer [1, H_kv, capacity, dim] for the keys and one for the values of each layer, used in place."""
 
-    def __init__(self, layout: Sequence[bindings.Binding], capacity: int, device: Device) -> None:
+    def __init__(
+        self, layout: Sequence[bindings.Binding], capacity: int, device: Device, decoder: Sequence[DecoderPart]
+    ) -> None:
         self.capacity = capacity
         self.length = 0
         self.buffers = {
@@ -38,6 +42,16 @@ class OnnxruntimeCache:
             )
             for binding in layout
         }
+        # Bound once: of a small model's token that took longer than its products.
+        self.bindings = [self._bound(part) for part in decoder]
+
+    def _bound(self, part: DecoderPart) -> Any:
+        """A binding in which new keys and values go into the buffer that the old ones came from."""
+        binding = part.session.io_binding()
+        for name in part.caches:
+            binding.bind_ortvalue_input(f"past_{name}", self.buffers[name])
+            binding.bind_ortvalue_output(f"present_{name}", self.buffers[name])
+        return binding
 
     def truncate(self, length: int) -> None:
         self.length = min(length, self.length)
@@ -75,7 +89,7 @@ class OnnxruntimeEngine:
         self._mm_projector = load_graph(bundle, "mm_projector", self.threads, device)
         self._decoder = load_decoder(bundle, decoder, self.threads, device, parts)
         self._activations = next(b.dtype for b in bindings.decoder(self.cfg, kv_cache).inputs)
-        self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE))])
+        self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE), keep_mapped=True)])
 
     @property
     def backend(self) -> str:
@@ -100,7 +114,7 @@ class OnnxruntimeEngine:
         return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, np.asarray(input_ids, np.int64))
 
     def new_cache(self, capacity: int) -> OnnxruntimeCache:
-        return OnnxruntimeCache(bindings.kv_cache(self.cfg, self.kv_cache), capacity, self.device)
+        return OnnxruntimeCache(bindings.kv_cache(self.cfg, self.kv_cache), capacity, self.device, self._decoder)
 
     def forward(
         self, inputs_embeds: FloatArray, cache: OnnxruntimeCache, logits_to_keep: Sequence[int] = (-1,)
@@ -114,17 +128,21 @@ class OnnxruntimeEngine:
             bindings.LOGITS_TO_KEEP: np.asarray([position % new for position in logits_to_keep], np.int64),
         }
         hidden = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs_embeds[None], self._activations))
-        for part in self._decoder:
-            binding = part.session.io_binding()
+        for part, binding in zip(self._decoder, cache.bindings, strict=True):
             binding.bind_ortvalue_input(part.hidden_in, hidden)
-            binding.bind_output(part.hidden_out)
             for name in part.inputs & numbers.keys():
                 binding.bind_cpu_input(name, numbers[name])
-            for name in part.caches:  # the new keys and values go into the buffer they came from
-                binding.bind_ortvalue_input(f"past_{name}", cache.buffers[name])
-                binding.bind_ortvalue_output(f"present_{name}", cache.buffers[name])
+            if part is self._decoder[-1]:
+                hidden = _empty((1, len(logits_to_keep), self.cfg.llm.vocab_size), np.float32)
+            else:
+                hidden = _empty((1, new, self.cfg.llm.hidden_size), self._activations)
+            binding.bind_ortvalue_output(part.hidden_out, hidden)
             part.session.run_with_iobinding(binding)
-            hidden = binding.get_outputs()[0]
         cache.length = total
         logits: FloatArray = hidden.numpy()[0]
         return logits
+
+
+def _empty(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """Room on the CPU for what a graph gives out."""
+    return ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype).type)

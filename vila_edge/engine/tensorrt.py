@@ -84,7 +84,7 @@ class TensorrtEngine:
                     loaded["decoder"], layouts["decoder"], self.options, stream, scratch.address, resources
                 )
             resources.callback(stream.synchronize)
-            self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE))])
+            self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE), keep_mapped=True)])
             self._close = weakref.finalize(self, resources.pop_all().close)
 
     def __enter__(self) -> TensorrtEngine:

@@ -63,15 +63,20 @@ class GraphOps:
     # the graph
 
     def model(self, name: str) -> bytes:
-        """The graph, serialised. Every output of the bindings must have been set."""
+        """The graph, serialised, without what nothing reads. Every output of the bindings must have been set."""
         missing = {b.name for b in self.bindings.outputs} - self.produced
         assert not missing, missing
+        nodes, read = list[onnx.NodeProto](), {b.name for b in self.bindings.outputs}
+        for node in reversed(self.nodes):
+            if read.intersection(node.output):
+                nodes.append(node)
+                read.update(node.input)
         graph = helper.make_graph(
-            self.nodes,
+            nodes[::-1],
             name,
             [_value_info(b) for b in self.bindings.inputs],
             [_value_info(b) for b in self.bindings.outputs],
-            list(self.initializers.values()),
+            [tensor for key, tensor in self.initializers.items() if key in read],
         )
         opsets = [helper.make_opsetid(domain, version) for domain, version in (("", self.opset), *self.contrib_opsets)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=self.ir_version, producer_name="vila-edge")

@@ -40,12 +40,16 @@ class OnnxruntimeOps(GraphOps):
     ) -> None:
         super().__init__(weights, bindings, shapes)
         self._parts: dict[tuple[str, str], str] = {}  # (input, linear) -> its part of a fused product
+        self._products: dict[tuple[str, str], str] = {}  # (input, first linear) -> the product
+        self._linears: dict[str, tuple[str, str, bool]] = {}  # what a part became -> its input, linear, and bias
 
     def linear(self, x: str, name: str, out: int, bias: bool = True) -> str:
         if (x, name) not in self._parts:
             self._fuse(x, name)
         if (x, name) in self._parts:
-            return self._add_bias(self._parts[x, name], name, bias)
+            y = self._add_bias(self._parts[x, name], name, bias)
+            self._linears[y] = x, name, bias
+            return y
         for kind in KINDS:
             if f"{name}.{kind}" in self.weights:
                 return self._add_bias(self._quantised_product(x, name, kind), name, bias)
@@ -66,6 +70,7 @@ class OnnxruntimeOps(GraphOps):
             cut = [f"{part}/Split" for part in parts]
             self.multi_output_node("Split", [y, self.constant(rows)], cut, f"{whole}/Split", "", axis=-1)
             self._parts |= {(x, part): value for part, value in zip(parts, cut, strict=True)}
+            self._products[x, parts[0]] = y
 
     def _quantised_product(self, x: str, name: str, kind: str) -> str:
         qweight, bits = f"{name}.{kind}", KINDS[kind]
@@ -89,6 +94,8 @@ class OnnxruntimeOps(GraphOps):
 
     def cached_attention(self, q: str, k: str, v: str, heads: Heads, rope: RopeConfig, layer: int) -> str:
         name = f"attention_{layer}"
+        if packed := self._packed(q, k, v):
+            q, k, v = packed, "", ""
         present_key, present_value = f"present_key_{layer}", f"present_value_{layer}"
         inputs = [q, k, v, f"past_key_{layer}", f"past_value_{layer}"]
         inputs += [bindings.LAST_POSITION, bindings.TOTAL_LENGTH, self.parameter(ROPE_COS), self.parameter(ROPE_SIN)]
@@ -104,6 +111,33 @@ class OnnxruntimeOps(GraphOps):
             do_rotary=1,
             **attributes,
         )
+
+    def rms_norm(self, x: str, name: str, eps: float) -> str:
+        """With the sum before it as one operator, but not between layers: there a graph can be cut at one value."""
+        if not name.endswith(".post_attention_layernorm") or x not in self.nodes[-1].output:
+            return super().rms_norm(x, name, eps)
+        last = self.nodes[-1]
+        if last.op_type != "Add":
+            return super().rms_norm(x, name, eps)
+        self.nodes.pop()
+        inputs, op_type = [*last.input, self.parameter(f"{name}.weight")], "SkipSimplifiedLayerNormalization"
+        y = f"{name}/{op_type}"
+        return self.multi_output_node(op_type, inputs, [y, "", "", x], name=y, domain=CONTRIB, epsilon=eps)
+
+    def _packed(self, q: str, k: str, v: str) -> str:
+        """The product of which they are the parts, with its bias, or "": attention need not have them apart."""
+        found = [self._linears.get(value) for value in (q, k, v)]
+        if None in found:
+            return ""
+        inputs, names, biases = zip(*(one for one in found if one), strict=True)
+        y = self._products.get((inputs[0], names[0]))
+        if y is None or len({*inputs}) > 1 or len({*biases}) > 1 or [*names] != [*fused(names[0])[1]]:
+            return ""
+        if not biases[0]:
+            return y
+        whole = fused(names[0])[0]
+        bias = self.node("Concat", *(self.parameter(f"{name}.bias") for name in names), name=f"{whole}.bias", axis=0)
+        return self.node("Add", y, bias, name=whole)
 
     def _cache_form(self, layer: int) -> tuple[list[str], dict[str, Any]]:
         """Further inputs and attributes of GroupQueryAttention where the cache is in 8 bits."""
