@@ -78,7 +78,7 @@ def test_every_stage_is_run_on_the_pipelines_engine(pipeline: Pipeline) -> None:
 
 
 def test_a_long_prefill_goes_in_chunks_as_in_a_reply(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(type(pipeline.engine), "prefill_chunk", 16)
     recorder = Recorder(pipeline)
     embeds = pipeline.engine.embed_tokens(random_ids(TINY, 40))
     logits = stages.prefill(recorder, embeds, pipeline.engine.new_cache(40))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
+import pytest
 
-from tests.graphs import ExactOps, handmade_bundle, int4_tensors, scales_for
+from tests.graphs import ExactOps, graph_engine, handmade_bundle, int4_tensors, scales_for
 from tests.tiny import TINY, random_parameters
 from vila_edge import bindings
 from vila_edge.bundle import WEIGHTS
+from vila_edge.config import VilaConfig
 from vila_edge.export.graph_ops import IR_VERSION, OPSET, StoredTensor
 from vila_edge.export.graphs import write_graphs
-from vila_edge.reference.engine import bundle_parameters
+from vila_edge.reference.engine import bundle_parameters, numpy_engine
 from vila_edge.tensorfile import TensorFile, write_tensors
 
 PARAMS = random_parameters(TINY)
@@ -60,18 +64,10 @@ def test_graphs_are_thin_valid_and_always_the_same(tmp_path: Path) -> None:
 def test_linears_of_one_input_are_one_product_where_their_weights_lie_together(tmp_path: Path) -> None:
     handmade_bundle(TINY, int4_tensors(PARAMS, 32)[0], tmp_path / "together")
     handmade_bundle(TINY, int4_tensors(PARAMS, 32)[0], tmp_path / "apart")
-    layers = sorted((tmp_path / "apart" / WEIGHTS).glob("llm.layers.*"))
-    for path in layers:  # as an earlier version wrote them
-        stored = TensorFile(path)
-        tensors = {name: stored.array(name).copy() for name in stored.entries}
-        path.unlink()
-        write_tensors(path, tensors)
+    _store_apart(tmp_path / "apart")
 
     def products(folder: Path) -> list[str]:
-        files = [(file.name, TensorFile(file).entries) for file in (folder / WEIGHTS).iterdir()]
-        places = {name: StoredTensor(file, entry) for file, entries in files for name, entry in entries.items()}
-        nodes = onnx.load_from_string(write_graphs(TINY, places, ExactOps)["decoder"]).graph.node
-        prefix = "llm.model.layers.0."
+        nodes, prefix = decoder(TINY, folder).node, "llm.model.layers.0."
         return [n.name[len(prefix) :] for n in nodes if n.op_type == "MatMulNBits" and n.name.startswith(prefix)]
 
     both = ["self_attn.o_proj/MatMulNBits", "mlp.down_proj/MatMulNBits"]
@@ -84,3 +80,57 @@ def test_linears_of_one_input_are_one_product_where_their_weights_lie_together(t
     alone = products(tmp_path / "apart")
     assert len(alone) == 7
     assert set(both) < set(alone)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_attention_takes_the_product_whole_where_there_is_one(
+    model_type: Literal["llama", "qwen2"], tmp_path: Path
+) -> None:
+    """With biases too, which qwen2 has; and it computes what the parameters say."""
+    cfg = dataclasses.replace(TINY, llm=dataclasses.replace(TINY.llm, model_type=model_type))
+    tensors, meant = int4_tensors(random_parameters(cfg), 32)
+    assert (model_type == "qwen2") == ("llm.model.layers.0.self_attn.q_proj.bias" in meant)
+    handmade_bundle(cfg, tensors, tmp_path / "apart")
+    _store_apart(tmp_path / "apart")
+    engine = graph_engine(cfg, tensors, tmp_path / "together")
+    inputs = [n.input for n in decoder(cfg, tmp_path / "together").node if n.op_type == "GroupQueryAttention"]
+    assert [[*three[1:3]] for three in inputs] == [["", ""]] * 2
+    inputs = [n.input for n in decoder(cfg, tmp_path / "apart").node if n.op_type == "GroupQueryAttention"]
+    assert all(all(three[:3]) for three in inputs)
+    oracle = numpy_engine(cfg, meant)
+    x = oracle.embed_tokens([1, 5, 9, 2, 7])
+    want = oracle.forward(x, oracle.new_cache(8), range(5))
+    np.testing.assert_allclose(engine.forward(x, engine.new_cache(8), range(5)), want, atol=1e-4)
+
+
+def test_nothing_is_in_a_graph_that_nothing_reads(tiny_bundle: Path) -> None:
+    for path in (tiny_bundle / "graphs" / "onnxruntime").iterdir():
+        graph = onnx.load(str(path), load_external_data=False).graph
+        read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+        assert all(read.intersection(node.output) for node in graph.node)
+        assert {tensor.name for tensor in graph.initializer} <= read
+
+
+def test_between_layers_one_value_goes_on(tiny_bundle: Path) -> None:
+    """Else a graph could not be cut there: sums and norms are one operator inside of a layer alone."""
+    graph = onnx.load(str(tiny_bundle / "graphs/onnxruntime/decoder.onnx"), load_external_data=False).graph
+    fused = [n.name for n in graph.node if n.op_type == "SkipSimplifiedLayerNormalization"]
+    assert [name.split("/")[0] for name in fused] == [
+        f"llm.model.layers.{layer}.post_attention_layernorm" for layer in range(TINY.llm.num_hidden_layers)
+    ]
+
+
+def decoder(cfg: VilaConfig, folder: Path) -> onnx.GraphProto:
+    """The graph that is written for the weights as they lie in a folder."""
+    files = [(file.name, TensorFile(file).entries) for file in (folder / WEIGHTS).iterdir()]
+    places = {name: StoredTensor(file, entry) for file, entries in files for name, entry in entries.items()}
+    return onnx.load_from_string(write_graphs(cfg, places, ExactOps)["decoder"]).graph
+
+
+def _store_apart(folder: Path) -> None:
+    """Weights of one input lie apart, as an earlier version wrote them."""
+    for path in sorted((folder / WEIGHTS).glob("llm.layers.*")):
+        stored = TensorFile(path)
+        tensors = {name: stored.array(name).copy() for name in stored.entries}
+        path.unlink()
+        write_tensors(path, tensors)

@@ -126,7 +126,7 @@ def test_what_does_not_fit_together_is_an_error(pipeline: Pipeline, pictures: li
 
 def test_long_prompts_are_prefilled_in_chunks(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = pipeline.generate("seven " * 40, sampling=HOT)
-    monkeypatch.setattr("vila_edge.pipeline.PREFILL_CHUNK", 7)
+    monkeypatch.setattr(type(pipeline.engine), "prefill_chunk", 7)
     assert pipeline.generate("seven " * 40, sampling=HOT).token_ids == whole.token_ids
 
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from tests.tiny import TINY
 from vila_edge.bundle import TOKENIZER, WEIGHTS, Bundle, read_manifest, write_manifest
+from vila_edge.caches import PREFILL_CHUNK
 from vila_edge.config import ScalesConfig, VilaConfig
 from vila_edge.engine.onnxruntime import OnnxruntimeEngine
 from vila_edge.engine.plan import PROGRAM, Backend, Memory, kv_cache_bytes, largest_context, plan, tiles_at_once
 from vila_edge.export.storage import Storage, StoragePlan
 from vila_edge.export.weights import rope_tables, write_graph_files
 from vila_edge.inventory import Part, take_inventory
-from vila_edge.pipeline import PREFILL_CHUNK
 from vila_edge.reference.engine import bundle_parameters
 from vila_edge.tensorfile import TensorFile, write_stream
 
@@ -74,7 +74,6 @@ LARGE_TOWER = dataclasses.replace(
 PROGRAM_TEXT = """
 import sys
 import numpy as np
-from vila_edge import pipeline
 from vila_edge.backends import open_engine
 from vila_edge.bundle import Bundle
 
@@ -86,8 +85,8 @@ for _ in range(2 if tiles else 0):
     engine.project(engine.encode_images(rng.standard_normal((tiles, 3, side, side), np.float32)))
 cache = engine.new_cache(context)
 x = rng.standard_normal((context - 1, cfg.llm.hidden_size), np.float32)
-for start in range(0, len(x), pipeline.PREFILL_CHUNK):
-    engine.forward(x[start : start + pipeline.PREFILL_CHUNK], cache)
+for start in range(0, len(x), engine.prefill_chunk):
+    engine.forward(x[start : start + engine.prefill_chunk], cache)
 engine.forward(engine.embed_tokens([1]), cache)
 with open("/proc/self/status") as file:  # ru_maxrss would begin with what the parent held
     print(next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")))

@@ -70,3 +70,11 @@ def test_damaged_files_are_refused_with_their_name(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         TensorFile(tmp_path / "x")
+
+
+def test_a_tensor_that_is_read_often_stays_mapped(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x", {"a": np.arange(6, dtype=np.float32).reshape(3, 2)})
+    once, kept = TensorFile(tmp_path / "x"), TensorFile(tmp_path / "x", keep_mapped=True)
+    assert once.array("a") is not once.array("a")
+    assert kept.array("a") is kept.array("a")
+    np.testing.assert_array_equal(kept.float32("a", np.array([2, 0])), [[4, 5], [0, 1]])

@@ -263,7 +263,8 @@ def test_tensorrt_rtx_is_captured_once_it_allows_it(
 def test_the_limits_come_from_the_newest_engine_that_reaches(use: Open, built: Built) -> None:
     assert use(built).options == built.options
     assert use(built, options=built.options).options == built.options
-    assert use(built, context=CONTEXT).max_context == CONTEXT
+    engine = use(built, context=CONTEXT)
+    assert (engine.max_context, engine.prefill_chunk) == (CONTEXT, CHUNK)
     with pytest.raises(BackendError, match=f"no engine of decoder to use: .*context {CONTEXT}, wanted: {CONTEXT + 1}"):
         use(built, context=CONTEXT + 1)
 

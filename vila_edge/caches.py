@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from vila_edge.errors import ContextError
 
+PREFILL_CHUNK = 256  # positions per call of a long prefill on a CPU: more take more memory, and are no faster
+
 FloatArray = NDArray[np.float32]
 
 

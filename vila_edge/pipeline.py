@@ -34,8 +34,6 @@ from vila_edge.timing import Timings
 from vila_edge.tokenizer import Tokenizer
 from vila_edge.visual import Medium, Visual, look, plan, slot_embeds, splice
 
-PREFILL_CHUNK = 256  # positions per call of a long prefill: more take more memory, and are no faster on a CPU
-
 FloatArray = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "cancelled"]
 MediaSource = ImageSource | Video
@@ -190,9 +188,10 @@ class Pipeline:
         timings.image_tokens = sum(visual.tokens for visual in visuals)
         with timings.measure("prefill_ms"):
             inputs_embeds = splice(chunks, embeds, self.engine)
-            for begin in range(start, len(keys), PREFILL_CHUNK):
-                logits = self.engine.forward(inputs_embeds[begin : begin + PREFILL_CHUNK], prefix.cache)
-                prefix.keys.extend(keys[begin : begin + PREFILL_CHUNK])
+            chunk = self.engine.prefill_chunk
+            for begin in range(start, len(keys), chunk):
+                logits = self.engine.forward(inputs_embeds[begin : begin + chunk], prefix.cache)
+                prefix.keys.extend(keys[begin : begin + chunk])
         reply = Reply(sampler.seed, tuple(visuals), timings=timings)
         reply._pieces = self._decode(reply, logits[0], sampler, prefix)
         return reply

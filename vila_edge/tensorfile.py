@@ -49,13 +49,16 @@ class TensorEntry:
 class TensorFile:
     """The tensors of one file, by name."""
 
+    _mapped: dict[str, NDArray[Any]] | None = None  # what stays mapped
+
     def __init__(self, path: Path, keep_mapped: bool = False) -> None:
         """Raises InputError if the file is missing, damaged or holds a type that is not understood.
 
         `keep_mapped`: a tensor is mapped once, and not for each use, for one of which some rows are read every token.
         """
         self.path = path
-        self._mapped: dict[str, NDArray[Any]] | None = {} if keep_mapped else None
+        if keep_mapped:
+            self._mapped = {}
         try:
             with safe_open(path, framework="numpy"):  # the library checks the header against the file
                 pass

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vila_edge.bench.workload import Workload, noise_images, random_ids
 from vila_edge.engine.protocol import Engine
-from vila_edge.pipeline import PREFILL_CHUNK, Pipeline
+from vila_edge.pipeline import Pipeline
 from vila_edge.timing import Timings
 from vila_edge.visual import look, slot_embeds
 
@@ -69,8 +69,8 @@ def see(pipeline: Pipeline, images: int) -> tuple[Timings, list[FloatArray]]:
 
 def prefill(engine: Engine, inputs_embeds: FloatArray, cache: Any) -> FloatArray:
     """Logits [V] of the last position, in the chunks that the pipeline takes."""
-    for start in range(0, len(inputs_embeds), PREFILL_CHUNK):
-        logits = engine.forward(inputs_embeds[start : start + PREFILL_CHUNK], cache)
+    for start in range(0, len(inputs_embeds), engine.prefill_chunk):
+        logits = engine.forward(inputs_embeds[start : start + engine.prefill_chunk], cache)
     return logits[0]
 
 

@@ -44,9 +44,9 @@ def show(
 def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes. Raises BundleError or UsageError."""
     from vila_edge.bundle import KV_SCALES_FILE, WEIGHTS, file_problems, read_manifest
+    from vila_edge.caches import PREFILL_CHUNK
     from vila_edge.engine.plan import Backend, largest_context, plan, tiles_at_once
     from vila_edge.inventory import take_inventory
-    from vila_edge.pipeline import PREFILL_CHUNK
     from vila_edge.tensorfile import TensorFile
     from vila_edge.visual import TOWER_BATCH
 

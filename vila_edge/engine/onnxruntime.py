@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from vila_edge import architecture, bindings
 from vila_edge.bundle import EMBED_TOKENS_FILE, GRAPHS, Bundle
-from vila_edge.caches import check_room
+from vila_edge.caches import PREFILL_CHUNK, check_room
 from vila_edge.engine.onnxruntime_session import (
     DIALECT,
     DecoderPart,
@@ -59,6 +59,8 @@ class OnnxruntimeCache:
 
 class OnnxruntimeEngine:
     """Runs the `onnxruntime` graphs of a bundle, on the CPU or on an NVIDIA GPU."""
+
+    prefill_chunk = PREFILL_CHUNK
 
     def __init__(
         self,

@@ -62,6 +62,11 @@ class Engine(Encoder, Protocol):
         """Positions of the longest kv_cache that it can make."""
         ...
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Positions of a long prefill that belong into one call: more would gain nothing, and may be cut up inside."""
+        ...
+
     def new_cache(self, capacity: int) -> Any:
         """An empty KVCache of this engine's own kind."""
         ...

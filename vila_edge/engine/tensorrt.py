@@ -108,6 +108,10 @@ class TensorrtEngine:
         return self.options.context
 
     @property
+    def prefill_chunk(self) -> int:
+        return self.options.chunk
+
+    @property
     def not_captured(self) -> str:
         """Why decode is no CUDA graph; "" if it is one, or may still become one."""
         return self._decoder.not_captured

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vila_edge import architecture
 from vila_edge.bundle import WEIGHTS, Bundle
-from vila_edge.caches import check_room
+from vila_edge.caches import PREFILL_CHUNK, check_room
 from vila_edge.config import VilaConfig
 from vila_edge.parameters import parameter_shapes
 from vila_edge.reference.numpy_ops import NumpyOps
@@ -40,6 +40,8 @@ class ReferenceCache:
 
 class ReferenceEngine:
     """Runs the architecture itself. `make_ops` binds parameters and a cache to an interpreter."""
+
+    prefill_chunk = PREFILL_CHUNK
 
     def __init__(
         self,
