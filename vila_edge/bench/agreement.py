@@ -2,8 +2,8 @@
 
     python -m vila_edge.bench.agreement REQUEST FILE      the answer with a kv_cache in 32 bits, as .npz
 
-The question is about an image of noise, if any is to be looked at, and the answer goes on behind its end: what counts is that the model wrote it.
-The two engines are never in memory together.
+The question is about an image of noise, if any is to be looked at, and the answer goes on behind its end: what counts
+is that the model wrote it. The two engines are never in memory together.
 """
 
 from __future__ import annotations

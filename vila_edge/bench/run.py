@@ -112,7 +112,7 @@ def _decode(bundle: Bundle, kind: str, samples: Samples, work: Workload, best: f
 
 def _kv_type(options: Options) -> str:
     """What the engine keeps keys and values in."""
-    return "float16" if options.backend == "tensorrt" else options.kv_cache
+    return options.kv_cache if options.on_cpu else "float16"
 
 
 def _memory(bundle: Bundle, options: Options, work: Workload, held: dict[str, int] | None) -> dict[str, Any]:

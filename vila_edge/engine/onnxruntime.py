@@ -17,6 +17,7 @@ from vila_edge.engine.onnxruntime_session import (
     DecoderPart,
     Device,
     check_cuda,
+    giving_back,
     load_decoder,
     load_graph,
     usable_cores,
@@ -85,13 +86,15 @@ class OnnxruntimeEngine:
         if f"{GRAPHS}/{DIALECT}/{decoder}.onnx" not in bundle.manifest.files:
             raise BundleError(
                 f"{bundle.path} has no graph of a decoder with a kv_cache in {kv_cache}",
-                "export the checkpoint again with this version of vila-edge, or take --backend onnxruntime as it is",
+                "export the checkpoint again with this version of vila-edge, or take --backend onnxruntime with a kv_cache "
+                "in float32",
             )
         self._vision_tower = load_graph(bundle, "vision_tower", self.threads, device)
         self._mm_projector = load_graph(bundle, "mm_projector", self.threads, device)
         self._decoder = load_decoder(bundle, decoder, self.threads, device, parts)
         self._activations = next(b.dtype for b in bindings.decoder(self.cfg, kv_cache).inputs)
         self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE), keep_mapped=True)])
+        self._giving_back = giving_back(device)
 
     @property
     def backend(self) -> str:
@@ -104,11 +107,13 @@ class OnnxruntimeEngine:
         return self.cfg.llm.context_length
 
     def encode_images(self, pixel_values: FloatArray) -> FloatArray:
-        found: FloatArray = self._vision_tower.run(None, {bindings.PIXEL_VALUES: pixel_values})[0]
+        found: FloatArray
+        (found,) = self._vision_tower.run(None, {bindings.PIXEL_VALUES: pixel_values}, self._giving_back)
         return found
 
     def project(self, image_features: FloatArray) -> FloatArray:
-        found: FloatArray = self._mm_projector.run(None, {bindings.IMAGE_FEATURES: image_features})[0]
+        found: FloatArray
+        (found,) = self._mm_projector.run(None, {bindings.IMAGE_FEATURES: image_features}, self._giving_back)
         return found
 
     def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
@@ -139,7 +144,7 @@ class OnnxruntimeEngine:
             else:
                 hidden = _empty((1, new, self.cfg.llm.hidden_size), self._activations)
             binding.bind_ortvalue_output(part.hidden_out, hidden)
-            part.session.run_with_iobinding(binding)
+            part.session.run_with_iobinding(binding, self._giving_back if new > 1 else None)
         cache.length = total
         logits: FloatArray = hidden.numpy()[0]
         return logits

@@ -153,6 +153,17 @@ def session(
     return loaded
 
 
+def giving_back(device: Device) -> Any:
+    """Options of a run over many positions at once, whose memory goes back to the system behind it.
+
+    A session keeps it otherwise, each for itself, while decode needs next to none.
+    """
+    options = ort.RunOptions()
+    if device == "cpu":
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 def trim_heap() -> None:
     """Give the copies that loading made back to the system: glibc alone keeps what was allocated in small pieces."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
