@@ -37,7 +37,7 @@ from benchmarks.cpu_peers.process import ROOT
 from benchmarks.cpu_peers.shape import Shape
 from vila_edge.bench.bandwidth import read_bandwidth
 from vila_edge.bench.machine import machine
-from vila_edge.engine.onnxruntime_session import usable_cores
+from vila_edge.cores import usable_cores
 
 OURS = {"ours-float32": "float32", "ours-int8": "int8"}  # by kv_cache
 PEERS = {"llama.cpp-Q4_0": "Q4_0", "llama.cpp-Q4_1": "Q4_1"}

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vila_edge.bundle import Bundle
-from vila_edge.engine.onnxruntime_session import usable_cores
+from vila_edge.cores import usable_cores
 from vila_edge.engine.protocol import Engine
 from vila_edge.errors import VilaEdgeError
 from vila_edge.export.calibration import Sample, embed, write_samples

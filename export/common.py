@@ -19,7 +19,7 @@ from torch import Tensor
 from vila_edge import architecture
 from vila_edge.cli.console import print_error, print_warning
 from vila_edge.config import LlmConfig
-from vila_edge.engine.onnxruntime_session import usable_cores
+from vila_edge.cores import usable_cores
 from vila_edge.errors import UsageError, VilaEdgeError
 from vila_edge.export.awq import Params, States, quantise_block
 from vila_edge.export.built_in_samples import built_in

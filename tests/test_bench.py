@@ -22,6 +22,7 @@ from vila_edge.bench.run import bench
 from vila_edge.bench.traffic import kv_cache_bytes, parts_of, weight_bytes
 from vila_edge.bench.workload import Options, Workload, noise_images, plan_workload, random_ids
 from vila_edge.bundle import Bundle
+from vila_edge.engine.onnxruntime_session import OLDEST_INT8_CACHE
 from vila_edge.errors import BackendError, BundleError, InputError, UsageError
 from vila_edge.pipeline import Pipeline, load
 from vila_edge.sampler import Sampling
@@ -153,7 +154,7 @@ def test_a_shorter_form_of_the_kv_cache_is_fewer_bytes() -> None:
     assert sizes == [10 * 2 * 2 * 2 * 16 * number for number in (4, 2, 1)]
 
 
-@pytest.mark.skipif(INSTALLED < (1, 27), reason="a kv_cache in 8 bits needs onnxruntime 1.27")
+@pytest.mark.skipif(INSTALLED < OLDEST_INT8_CACHE, reason="this onnxruntime is too old for a kv_cache in 8 bits")
 def test_a_kv_cache_in_8_bits_is_measured_as_such(tiny_bundle: Path, known_bandwidth: None) -> None:
     found = bench(tiny_bundle, dataclasses.replace(OPTIONS, kv_cache="int8", images=0, contexts=(8,), repeat=1))
     assert "int8" in found["backend"]

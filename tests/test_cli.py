@@ -129,6 +129,7 @@ BAD_CALLS = {
     "context": (["{bundle}", "Hi", "-c", "999"], 2, "a context of 999 positions: this model has 1 to 128"),
     "backend": (["{bundle}", "Hi", "--backend", "cuda"], 2, "unknown backend 'cuda'"),
     "threads": (["{bundle}", "Hi", "-t", "0"], 2, "--threads 0: expected at least 1"),
+    "too many threads": (["{bundle}", "Hi", "-t", "100000"], 2, "100,000 threads: expected 1 to"),
     "option": (["{bundle}", "Hi", "--nonsense"], 2, "No such option"),
 }
 

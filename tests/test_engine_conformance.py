@@ -16,7 +16,7 @@ from tests.tensorrt_engines import KINDS, build_fakes
 from tests.tiny import TINY, random_parameters
 from vila_edge.engine.protocol import Engine
 from vila_edge.engine.tensorrt import TensorrtEngine
-from vila_edge.errors import ContextError
+from vila_edge.errors import ContextError, UsageError
 from vila_edge.reference.engine import ReferenceEngine, numpy_engine
 from vila_edge.reference.torch_engine import numpy_parameters_engine
 
@@ -116,3 +116,39 @@ def test_a_full_cache_is_an_error(pair: Pair) -> None:
     engine.forward(engine.embed_tokens([1, 2, 3]), cache)
     with pytest.raises(ContextError, match="5 positions do not fit into a kv_cache of 4"):
         engine.forward(engine.embed_tokens([4, 5]), cache)
+
+
+def test_a_cache_is_as_long_as_the_model_at_most(pair: Pair) -> None:
+    longest = pair.engine.max_context
+    assert pair.engine.new_cache(longest).capacity == longest
+    for capacity in (0, longest + 1):
+        with pytest.raises(UsageError, match=f"{capacity:,} positions"):
+            pair.engine.new_cache(capacity)
+
+
+@pytest.mark.parametrize("position", [3, -4])
+def test_logits_of_a_position_that_is_not_new_are_refused(pair: Pair, position: int) -> None:
+    cache = pair.engine.new_cache(8)
+    with pytest.raises(UsageError, match=f"position {position}: there are 3 new ones"):
+        pair.engine.forward(pair.engine.embed_tokens([1, 2, 3]), cache, [position])
+    assert cache.length == 0
+
+
+def test_a_call_needs_a_position(pair: Pair) -> None:
+    with pytest.raises(UsageError, match="no positions"):
+        pair.engine.forward(np.zeros((0, TINY.llm.hidden_size), np.float32), pair.engine.new_cache(8))
+
+
+def test_a_cache_is_not_cut_below_nothing(pair: Pair) -> None:
+    cache = pair.engine.new_cache(8)
+    pair.engine.forward(pair.engine.embed_tokens([1, 2, 3]), cache)
+    with pytest.raises(UsageError, match="-1 positions"):
+        cache.truncate(-1)
+    cache.truncate(7)
+    assert cache.length == 3
+
+
+@pytest.mark.parametrize("token", [-1, TINY.llm.vocab_size])
+def test_a_token_that_the_model_does_not_have_is_refused(pair: Pair, token: int) -> None:
+    with pytest.raises(UsageError, match=f"token id {token}"):
+        pair.engine.embed_tokens([0, token])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from vila_edge.bindings import CacheType
 from vila_edge.bundle import Bundle
+from vila_edge.cores import usable_cores
 from vila_edge.engine.protocol import Engine
 from vila_edge.errors import UsageError
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
 
 BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "numpy")
+THREADS_PER_CORE = 8  # at most: onnxruntime starts as many as it is told, and waits busily in each
 KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask for
 
 
@@ -27,6 +29,7 @@ def open_engine(
         raise UsageError(f"unknown type of kv_cache {kv_cache!r}", f"known types: {', '.join(KV_CACHES)}")
     if kv_cache != "float32" and backend not in ("auto", "onnxruntime"):
         raise UsageError(f"a kv_cache in {kv_cache} is not there on {backend}", "take --backend onnxruntime for it")
+    _check_threads(threads)
     if backend == "numpy":
         return numpy_engine(bundle.config, bundle_parameters(bundle))
     if backend == "tensorrt":
@@ -38,6 +41,16 @@ def open_engine(
     if backend == "onnxruntime-cuda":
         return OnnxruntimeEngine(bundle, threads, "float16", "cuda")
     return OnnxruntimeEngine(bundle, threads, KV_CACHES[KV_CACHES.index(kv_cache)])
+
+
+def _check_threads(threads: int | None) -> None:
+    """Raises UsageError if there are none, or far more than cores."""
+    cores = usable_cores()
+    if threads is not None and not 1 <= threads <= THREADS_PER_CORE * cores:
+        raise UsageError(
+            f"{threads:,} threads: expected 1 to {THREADS_PER_CORE * cores}, this process may use {cores} cores",
+            f"take --threads {cores}, or leave it out",
+        )
 
 
 def reason(backend: str) -> str:

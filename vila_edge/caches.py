@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vila_edge.errors import ContextError
+from vila_edge.errors import ContextError, UsageError
 
 PREFILL_CHUNK = 256  # positions per call of a long prefill on a CPU: more take more memory, and are no faster
 
@@ -59,9 +59,44 @@ class Prefix:
         return common
 
 
+def check_capacity(capacity: int, max_context: int) -> int:
+    """The capacity of a kv_cache that is to be made. Raises UsageError if the engine has none of that size."""
+    if not 1 <= capacity <= max_context:
+        raise UsageError(f"a kv_cache of {capacity:,} positions: this engine has 1 to {max_context:,}")
+    return capacity
+
+
 def check_room(length: int, new: int, capacity: int) -> int:
     """How many positions a kv_cache has in use once `new` ones are behind its `length`. Raises ContextError."""
     total = length + new
     if total > capacity:
         raise ContextError(f"{total} positions do not fit into a kv_cache of {capacity}")
     return total
+
+
+def kept_length(length: int, in_use: int) -> int:
+    """Positions that a kv_cache has in use once it forgot those from `length` on. Raises UsageError below 0."""
+    if length < 0:
+        raise UsageError(f"a kv_cache cannot be cut to {length} positions: expected 0 or more")
+    return min(length, in_use)
+
+
+def kept_positions(logits_to_keep: Sequence[int], new: int) -> list[int]:
+    """`logits_to_keep` counted from the first of `new` positions. Raises UsageError for one that is not there."""
+    if new < 1:
+        raise UsageError("there are no positions to compute: expected inputs_embeds [S, D] with S of 1 or more")
+    for position in logits_to_keep:
+        if not -new <= position < new:
+            raise UsageError(
+                f"logits of position {position}: there are {new} new ones, so expected {-new} to {new - 1}"
+            )
+    return [int(position) % new for position in logits_to_keep]
+
+
+def check_ids(input_ids: Sequence[int], vocab_size: int) -> NDArray[np.int64]:
+    """Token ids as an array. Raises UsageError that names the first one that the embedding table has no row for."""
+    ids = np.asarray(input_ids, np.int64)
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise UsageError(f"token id {outside[0]}: this model has 0 to {vocab_size - 1:,}")
+    return ids

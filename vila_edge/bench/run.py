@@ -19,7 +19,7 @@ from vila_edge.bench.traffic import kv_cache_bytes, parts_of, weight_bytes
 from vila_edge.bench.workload import Options, Workload, plan_workload
 from vila_edge.bundle import Bundle
 from vila_edge.caches import PREFILL_CHUNK
-from vila_edge.engine.onnxruntime_session import usable_cores
+from vila_edge.cores import usable_cores
 from vila_edge.engine.plan import Backend, plan, tiles_at_once
 from vila_edge.pipeline import Pipeline, load
 from vila_edge.visual import TOWER_BATCH

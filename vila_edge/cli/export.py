@@ -64,7 +64,7 @@ def export(
     ] = "bundle",
     device: Annotated[str, typer.Option(help="Where AWQ searches: cpu, cuda, or auto.")] = "auto",
     threads: Annotated[int, typer.Option(help="Default: all cores that may be used.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that exists.")] = False,
 ) -> None:
     """Turn a trained checkpoint into a bundle: 4-bit AWQ weights and graphs that a device runs.
 
@@ -79,7 +79,7 @@ def export(
         raise UsageError(
             f"export needs the package {error.name!r}, which is not installed", "pip install 'vila-edge[export]'"
         ) from None
-    from vila_edge.engine.onnxruntime_session import usable_cores
+    from vila_edge.cores import usable_cores
 
     if to not in ("bundle", "autoawq"):
         raise UsageError(f"--to {to}: expected bundle or autoawq")
@@ -111,13 +111,14 @@ def export(
     where, why = pick_device(device)
     print_note(why)
     write = export_bundle if to == "bundle" else export_autoawq
+    work = folder_beside(output)
     try:
         with PhaseDisplay() as display:
             made = write(
                 checkpoint, output, chosen, display.progress, force, print_warning, threads or usable_cores(), where
             )
     except BaseException:
-        if (work := folder_beside(output)).is_dir():
+        if work.is_dir():
             print_note(f"what is finished is kept in {work}: the same command goes on from there, rm -r discards it")
         raise
     if made is None:

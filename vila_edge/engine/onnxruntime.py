@@ -11,16 +11,17 @@ from numpy.typing import DTypeLike, NDArray
 
 from vila_edge import architecture, bindings
 from vila_edge.bundle import EMBED_TOKENS_FILE, GRAPHS, Bundle
-from vila_edge.caches import PREFILL_CHUNK, check_room
+from vila_edge.caches import PREFILL_CHUNK, check_capacity, check_ids, check_room, kept_length, kept_positions
+from vila_edge.cores import usable_cores
 from vila_edge.engine.onnxruntime_session import (
     DIALECT,
     DecoderPart,
     Device,
     check_cuda,
+    check_int8_cache,
     giving_back,
     load_decoder,
     load_graph,
-    usable_cores,
 )
 from vila_edge.errors import BundleError
 from vila_edge.stored import StoredParameters
@@ -55,7 +56,7 @@ class OnnxruntimeCache:
         return binding
 
     def truncate(self, length: int) -> None:
-        self.length = min(length, self.length)
+        self.length = kept_length(length, self.length)
 
 
 class OnnxruntimeEngine:
@@ -82,6 +83,8 @@ class OnnxruntimeEngine:
         self.threads = threads or usable_cores()
         if device == "cuda":
             check_cuda()
+        if kv_cache == "int8":
+            check_int8_cache()
         decoder = "decoder" if kv_cache == "float32" else f"decoder_{kv_cache}"
         if f"{GRAPHS}/{DIALECT}/{decoder}.onnx" not in bundle.manifest.files:
             raise BundleError(
@@ -118,21 +121,24 @@ class OnnxruntimeEngine:
 
     def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
         table = (self.cfg.llm.vocab_size, self.cfg.llm.hidden_size)
-        return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, np.asarray(input_ids, np.int64))
+        return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, check_ids(input_ids, table[0]))
 
     def new_cache(self, capacity: int) -> OnnxruntimeCache:
+        """Raises UsageError if the model has fewer positions."""
+        check_capacity(capacity, self.max_context)
         return OnnxruntimeCache(bindings.kv_cache(self.cfg, self.kv_cache), capacity, self.device, self._decoder)
 
     def forward(
         self, inputs_embeds: FloatArray, cache: OnnxruntimeCache, logits_to_keep: Sequence[int] = (-1,)
     ) -> FloatArray:
-        """Raises ContextError if the cache has no room for the new positions."""
+        """Raises ContextError if the cache has no room for the new positions, UsageError for logits of no position."""
         new = len(inputs_embeds)
+        kept = kept_positions(logits_to_keep, new)
         total = check_room(cache.length, new, cache.capacity)
         numbers = {
             bindings.LAST_POSITION: np.asarray([total - 1], np.int32),
             bindings.TOTAL_LENGTH: np.asarray(total, np.int32),
-            bindings.LOGITS_TO_KEEP: np.asarray([position % new for position in logits_to_keep], np.int64),
+            bindings.LOGITS_TO_KEEP: np.asarray(kept, np.int64),
         }
         hidden = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs_embeds[None], self._activations))
         for part, binding in zip(self._decoder, cache.bindings, strict=True):
@@ -140,7 +146,7 @@ class OnnxruntimeEngine:
             for name in part.inputs & numbers.keys():
                 binding.bind_cpu_input(name, numbers[name])
             if part is self._decoder[-1]:
-                hidden = _empty((1, len(logits_to_keep), self.cfg.llm.vocab_size), np.float32)
+                hidden = _empty((1, len(kept), self.cfg.llm.vocab_size), np.float32)
             else:
                 hidden = _empty((1, new, self.cfg.llm.hidden_size), self._activations)
             binding.bind_ortvalue_output(part.hidden_out, hidden)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ GRAPH_SIZE_LIMIT = 64 << 20  # a graph is thin: its weights lie elsewhere
 
 # Loading packs the weights anew, on one core for each session: a decoder is loaded in parts, as large as this at least.
 MOST_PARTS, PART_BYTES = 4, 256 << 20
+
+OLDEST_INT8_CACHE = (1, 27)  # measured: 1.23 does not load such a graph, 1.25 and 1.26 load it and fail in a run
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 
@@ -44,11 +45,6 @@ class DecoderPart:
     hidden_out: str
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check_cuda() -> None:
     """Raises BackendError if this onnxruntime was built without its CUDA provider."""
     found = ort.get_available_providers()
@@ -57,6 +53,16 @@ def check_cuda() -> None:
             f"onnxruntime {ort.__version__} has no {CUDA_PROVIDER}, only {', '.join(found)}",
             "pip uninstall onnxruntime && pip install onnxruntime-gpu (on a Jetson, NVIDIA's own wheel of it), or take "
             "--backend onnxruntime for the CPU",
+        )
+
+
+def check_int8_cache() -> None:
+    """Raises BackendError if this onnxruntime is too old for a kv_cache in 8 bits."""
+    if tuple(map(int, ort.__version__.split(".")[:2])) < OLDEST_INT8_CACHE:
+        oldest = ".".join(map(str, OLDEST_INT8_CACHE))
+        raise BackendError(
+            f"a kv_cache in int8 needs onnxruntime {oldest} or newer, this is {ort.__version__}",
+            "take --kv-cache float32, or pip install --upgrade onnxruntime (which needs Python 3.11 or newer)",
         )
 
 

@@ -25,7 +25,7 @@ class KVCache(Protocol):
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on."""
+        """Forget all positions from `length` on. Raises UsageError below 0."""
         ...
 
 
@@ -33,7 +33,7 @@ class Embedder(Protocol):
     """The part of an engine that looks tokens up."""
 
     def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
-        """input_ids [S] to inputs_embeds [S, D]."""
+        """input_ids [S] to inputs_embeds [S, D]. Raises UsageError for an id that the model does not have."""
         ...
 
 
@@ -68,13 +68,14 @@ class Engine(Encoder, Protocol):
         ...
 
     def new_cache(self, capacity: int) -> Any:
-        """An empty KVCache of this engine's own kind."""
+        """An empty KVCache of this engine's own kind. Raises UsageError below 1 or above `max_context`."""
         ...
 
     def forward(self, inputs_embeds: FloatArray, cache: Any, logits_to_keep: Sequence[int] = (-1,)) -> FloatArray:
         """Put inputs_embeds [S, D] behind what `cache` holds; logits [kept, V] of the positions asked for.
 
         Prefill and decode are this one call with S > 1 and S = 1. `logits_to_keep` counts within the new
-        positions, negative from their end.
+        positions, negative from their end. Raises ContextError if the cache has no room for the new positions,
+        UsageError if there are none, or if logits of another are asked for.
         """
         ...

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vila_edge import architecture
 from vila_edge.bindings import GraphBindings
 from vila_edge.bundle import EMBED_TOKENS_FILE, Bundle
+from vila_edge.caches import check_ids
 from vila_edge.engine.cuda import open_device
 from vila_edge.engine.cuda.device import Arena, Device, Staging, Stream
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, Flag, build_flags, engine_key
@@ -126,7 +127,7 @@ class TensorrtEngine:
 
     def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
         table = (self.cfg.llm.vocab_size, self.cfg.llm.hidden_size)
-        return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, np.asarray(input_ids, np.int64))
+        return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, check_ids(input_ids, table[0]))
 
     def new_cache(self, capacity: int) -> TensorrtCache:
         """Raises UsageError if the engine was built for fewer positions, BackendError if the GPU has no more memory."""

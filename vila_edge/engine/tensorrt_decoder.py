@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_edge.bindings import INPUTS_EMBEDS, LOGITS, LOGITS_TO_KEEP, POSITION_IDS, Binding, GraphBindings
-from vila_edge.caches import check_room
+from vila_edge.caches import check_room, kept_length, kept_positions
 from vila_edge.engine.cuda.device import ALIGNMENT, Arena, Graph, Staging, Stream, nbytes
 from vila_edge.engine.tensorrt_options import MAX_KEPT, BuildOptions
 from vila_edge.engine.tensorrt_session import LoadedEngine, Session
@@ -33,7 +33,7 @@ class TensorrtCache:
         self.length = 0
 
     def truncate(self, length: int) -> None:
-        self.length = min(length, self.length)
+        self.length = kept_length(length, self.length)
 
 
 class Slot:
@@ -86,7 +86,7 @@ class Decoder:
 
     def new_cache(self, capacity: int) -> TensorrtCache:
         """An empty cache. Raises UsageError if it is to hold more than the engine was built for."""
-        if capacity > self._options.context:
+        if not 1 <= capacity <= self._options.context:
             raise UsageError(
                 f"a context of {capacity:,} positions: the engine was built for {self._options.context:,}",
                 "use a shorter context, or build engines for a longer one: vila-edge build BUNDLE --context",
@@ -101,8 +101,8 @@ class Decoder:
     def forward(self, inputs_embeds: FloatArray, cache: TensorrtCache, logits_to_keep: Sequence[int]) -> FloatArray:
         """As in `Engine`. Raises ContextError if the cache has no room for the new positions."""
         new = len(inputs_embeds)
+        kept = kept_positions(logits_to_keep, new)
         check_room(cache.length, new, cache.capacity)
-        kept = [position % new for position in logits_to_keep]
         rows = dict[int, FloatArray]()
         for start, stop, wanted in runs(new, sorted(set(kept)), self._options.chunk):
             logits = self._run(inputs_embeds[start:stop], cache, [position - start for position in wanted])

@@ -1,7 +1,7 @@
 """The `onnxruntime` dialect: 4-bit products and attention on a kv_cache by its contrib operators.
 
 `MatMulNBits` and `GroupQueryAttention` are the forms that its CPU runs fastest; both load in onnxruntime 1.23 but for
-a kv_cache in 8 bits, which it takes since 1.26.
+a kv_cache in 8 bits, which it takes since 1.27.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vila_edge import architecture
 from vila_edge.bundle import WEIGHTS, Bundle
-from vila_edge.caches import PREFILL_CHUNK, check_room
+from vila_edge.caches import PREFILL_CHUNK, check_capacity, check_ids, check_room, kept_length, kept_positions
 from vila_edge.config import VilaConfig
 from vila_edge.parameters import parameter_shapes
 from vila_edge.reference.numpy_ops import NumpyOps
@@ -32,6 +32,7 @@ class ReferenceCache:
         return int(self.layers[0][0].shape[2]) if self.layers else 0
 
     def truncate(self, length: int) -> None:
+        length = kept_length(length, self.length)
         if length == 0:
             self.layers.clear()
         for layer, (k, v) in self.layers.items():
@@ -66,20 +67,22 @@ class ReferenceEngine:
         return self._to(architecture.mm_projector(self._make_ops({}), self._from(image_features), self.cfg))
 
     def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
-        ids = self._from(np.asarray(input_ids, np.int64)[None])
+        ids = self._from(check_ids(input_ids, self.cfg.llm.vocab_size)[None])
         return self._to(architecture.embed_tokens(self._make_ops({}), ids, self.cfg.llm))[0]
 
     def new_cache(self, capacity: int) -> ReferenceCache:
-        return ReferenceCache(capacity)
+        """Raises UsageError if the model has fewer positions."""
+        return ReferenceCache(check_capacity(capacity, self.max_context))
 
     def forward(
         self, inputs_embeds: FloatArray, cache: ReferenceCache, logits_to_keep: Sequence[int] = (-1,)
     ) -> FloatArray:
-        """Raises ContextError if the cache has no room for the new positions."""
+        """Raises ContextError if the cache has no room for the new positions, UsageError for logits of no position."""
+        wanted = kept_positions(logits_to_keep, len(inputs_embeds))
         check_room(cache.length, len(inputs_embeds), cache.capacity)
         ops = self._make_ops(cache.layers)
         hidden_states = architecture.decoder(ops, self._from(inputs_embeds[None]), self.cfg.llm)
-        kept = hidden_states[:, [int(position) for position in logits_to_keep]]
+        kept = hidden_states[:, wanted]
         return self._to(architecture.lm_head(ops, kept, self.cfg.llm))[0]
 
 
