@@ -111,7 +111,7 @@ def test_attention_cannot_be_told_the_precision_of_its_softmax(
     from vila_edge.export.tensorrt_ops import ScatterOps
 
     def node(ops: ScatterOps, op_type: str, *inputs: str, **attributes: Any) -> str:
-        more = {"softmax_precision": 1} if op_type == "Attention" else {}
+        more: dict[str, Any] = {"softmax_precision": 1} if op_type == "Attention" else {}
         return str(super(ScatterOps, ops).node(op_type, *inputs, **attributes, **more))
 
     monkeypatch.setattr(ScatterOps, "node", node, raising=False)

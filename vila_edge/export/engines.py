@@ -131,7 +131,7 @@ def build_graph(
     if watch.interruption is not None:
         raise watch.interruption
     if plan is None:
-        raise _failure(trt, component, "cannot build its engine", watch.errors)
+        raise _failure(trt, component, "cannot build its engine", watch.errors, workspace)
     if timing_cache is not None and cache is not None:
         fsio.make_folder(timing_cache.parent)
         fsio.replace_bytes(timing_cache, bytes(cache.serialize()))
@@ -240,12 +240,12 @@ def load_timing_cache(config: Any, path: Path | None) -> Any:
     return None
 
 
-def _failure(trt: Any, component: str, what: str, reasons: list[str]) -> BackendError:
+def _failure(trt: Any, component: str, what: str, reasons: list[str], workspace: int | None = None) -> BackendError:
     useful = [" ".join(reason.split()) for reason in reasons if reason.strip()]
-    return BackendError(
-        f"{component}: {_runtime(trt)} {what}: {useful[0] if useful else 'it does not say why'}",
-        "the same bundle runs on the CPU: --backend onnxruntime",
-    )
+    hint = "the same bundle runs on the CPU: --backend onnxruntime"
+    if workspace is not None and any("workspace" in reason.lower() for reason in useful):
+        hint = f"{workspace >> 20:,} MiB are too few: take a larger --workspace-mib, or leave it out, TensorRT chooses then"
+    return BackendError(f"{component}: {_runtime(trt)} {what}: {useful[0] if useful else 'it does not say why'}", hint)
 
 
 def _runtime(trt: Any) -> str:
