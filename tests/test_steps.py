@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vila_edge import fsio
 from vila_edge.errors import UsageError
 from vila_edge.export.steps import Relay, Result, StartOver, Steps, working_folder
 
@@ -109,3 +110,15 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
         working_folder(tmp_path / "b", "k"),
     ):
         pass
+
+
+def test_what_a_killed_process_left_half_placed_is_put_right(tmp_path: Path) -> None:
+    """The old one is back if the new one had not come, and gone if it had."""
+    target, retired = tmp_path / "b", tmp_path / ".b.work" / fsio.RETIRED
+    for expected in ("old", "new"):
+        fsio.make_folder(retired / "old")
+        (tmp_path / ".b.work" / ".b.1.partial" / "weights").mkdir(parents=True)
+        with working_folder(target, "k") as (folder, _):
+            assert [path.name for path in target.iterdir()] == [expected]
+            assert [path.name for path in folder.iterdir()] == ["key"]
+        (target / "old").replace(target / "new") if expected == "old" else None

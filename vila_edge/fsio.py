@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from vila_edge.errors import InputError, UsageError, VilaEdgeError
 
 PARTIAL = ".partial"  # ends the name of what is not whole yet
+RETIRED = "retired"  # in a working folder: what was at its target, while the new takes that place
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -61,13 +62,16 @@ def json_bytes(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, replace: bool = False, within: Path | None = None) -> Iterator[Path]:
     """A folder to fill, which appears as `target` when the block ends well and never exists half made.
 
-    Raises UsageError if `target` exists, unless `replace`: then the old one stays until the new is whole.
+    It is made beside `target`, or `within` a folder on the same disk. Raises UsageError if `target` exists, unless
+    `replace`: then the old one stays until the new is whole.
     """
     check_absent(target, replace)
-    staging = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
+    name = f".{target.name}.{os.getpid()}"
+    staging = (within or target.parent) / f"{name}{PARTIAL}"
+    retired = within / RETIRED if within else target.with_name(f"{name}.old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -77,7 +81,7 @@ def new_folder(target: Path, replace: bool = False) -> Iterator[Path]:
         yield staging
         for folder, _, _ in os.walk(staging):
             sync_folder(Path(folder))
-        place_folder(staging, target)
+        place_folder(staging, target, retired)
     except OSError as error:
         raise _cannot_write(target, error) from None
     finally:
@@ -165,22 +169,39 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def place_folder(staging: Path, target: Path) -> None:
-    """Rename a finished folder; one that is at `target` goes when the new one is there. Raises OSError."""
-    retired = target.with_name(f".{target.name}.{os.getpid()}.old")
+def place_folder(staging: Path, target: Path, retired: Path) -> None:
+    """Rename a finished folder; what is at `target` is `retired` first, and goes when the new one is there.
+
+    Raises VilaEdgeError if that cannot be: then everything is where it was.
+    """
     try:
         if os.path.lexists(target):
             target.rename(retired)
-        staging.rename(target)
-    except BaseException:
-        if os.path.lexists(retired) and not os.path.lexists(target):
-            retired.rename(target)
-        raise
-    sync_folder(target.parent)
-    if retired.is_dir() and not retired.is_symlink():
-        shutil.rmtree(retired)
+        try:
+            staging.rename(target)
+        except BaseException:
+            bring_back(retired, target)
+            raise
+        sync_folder(target.parent)
+    except OSError as error:
+        raise _cannot_write(target, error) from None
+    remove(retired)
+
+
+def bring_back(retired: Path, target: Path) -> None:
+    """What became of a folder that was `retired`: it is at `target` again if nothing is there, else it is removed."""
+    if os.path.lexists(target):
+        remove(retired)
+    elif os.path.lexists(retired):
+        retired.rename(target)
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder goes, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        retired.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from vila_edge.export.awq_formats import pack_gemm, packed_names
 from vila_edge.int4 import Int4
 from vila_edge.parameters import Shape, ShapeOps, is_quantised
 from vila_edge.tensorfile import DTYPES, Spec, write_stream
+from vila_edge.version import __version__
 
 INDEX = "model.safetensors.index.json"
+MADE_BY = "vila_edge"  # in the metadata of the index: the version that wrote it
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model")  # one of them there must be
 _TOKENIZER_FILES = (
@@ -56,17 +58,18 @@ def write_autoawq(
     bos_token_id: int | None,
     eos_token_id: int | list[int] | None,
     replace: bool = False,
+    within: Path | None = None,
 ) -> None:
     """Write `target`, whole or not at all: config, tokenizer files of the folder `tokenizer`, a file for each block.
 
-    What is not in 4 bits becomes float16. Raises UsageError if `target` exists or the format cannot hold the model,
+    It is made `within` a folder on the same disk, by default beside it. What is not in 4 bits becomes float16. Raises UsageError if `target` exists or the format cannot hold the model,
     CheckpointError if there is no tokenizer, ParityError if a value does not fit into 16 bits.
     """
     shapes = _shapes(source.config)
     _check(source, shapes)
     ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     ids = {key: value for key, value in ids.items() if value is not None}
-    with fsio.new_folder(target, replace) as folder:
+    with fsio.new_folder(target, replace, within) as folder:
         _copy_tokenizer(tokenizer, folder)
         fsio.write_bytes(folder / "config.json", fsio.json_bytes(hf_config(source.config, source.group_size) | ids))
         fsio.write_bytes(folder / "generation_config.json", fsio.json_bytes(ids))
@@ -78,9 +81,14 @@ def write_autoawq(
             specs = {part: spec for name in names for part, spec in _specs(name, shapes[name], source.group_size)}
             write_stream(folder / file, specs, _reader(names, source), {"format": "pt"})  # transformers asks for it
             weight_map |= dict.fromkeys(specs, file)
-            total += sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            total += _bytes(specs.values())
+        index = {"metadata": {"total_size": total, MADE_BY: __version__}, "weight_map": weight_map}
         fsio.write_bytes(folder / INDEX, fsio.json_bytes(index))
+
+
+def weight_bytes(cfg: LlmConfig, group_size: int) -> int:
+    """What the tensors of such a folder take."""
+    return sum(_bytes(spec for _, spec in _specs(name, shape, group_size)) for name, shape in _shapes(cfg).items())
 
 
 def hf_config(cfg: LlmConfig, group_size: int) -> dict[str, Any]:
@@ -171,6 +179,10 @@ def _specs(name: str, shape: Shape, group_size: int) -> list[tuple[str, Spec]]:
     (rows, columns), groups = shape, shape[1] // group_size
     specs: list[Spec] = [("I32", (columns, rows // 8)), ("F16", (groups, rows)), ("I32", (groups, rows // 8))]
     return list(zip(packed_names("autoawq-gemm", stored.removesuffix(".weight")), specs, strict=True))
+
+
+def _bytes(specs: Iterable[Spec]) -> int:
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in specs)
 
 
 def _reader(names: list[str], source: LlmWeights) -> Callable[[str], list[NDArray[Any]]]:

@@ -90,11 +90,14 @@ class Export:
         decides = [FORMAT_VERSION, self.provenance, self.samples.sha256, np.__version__, repr(recipe), repr(self.cfg)]
         return hashlib.sha256(fsio.json_bytes(decides)).hexdigest()
 
-    def check_space(self, work: Path) -> None:
-        """Raises VilaEdgeError if the disk has no room for the bundle and for what is in the work folder meanwhile."""
+    def check_space(self, work: Path, beside: int = 0) -> None:
+        """Raises VilaEdgeError if the disk has no room for the bundle and for what is in the work folder meanwhile.
+
+        `beside`: bytes of what is made of the bundle.
+        """
         done = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
         states = 4 * self.cfg.llm.hidden_size * self.recipe.calibration_tokens
-        need = self.storage_plan("fp16").parameter_bytes() + 3 * states - done
+        need = self.storage_plan("fp16").parameter_bytes() + 3 * states + beside - done
         free = shutil.disk_usage(work).free
         if need > free:
             raise VilaEdgeError(

@@ -11,11 +11,12 @@ import torch
 
 from vila_edge import fsio
 from vila_edge.bundle import WEIGHTS, Bundle
-from vila_edge.errors import InputError, UsageError
-from vila_edge.export.autoawq_folder import LlmWeights, write_autoawq
+from vila_edge.errors import UsageError
+from vila_edge.export.autoawq_folder import LlmWeights, weight_bytes, write_autoawq
 from vila_edge.export.job import Export, Progress, Say
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.steps import StartOver, discard, empty, working_folder
+from vila_edge.export.target import check_target
 from vila_edge.export.workers import workers
 from vila_edge.stored import StoredParameters
 from vila_edge.tensorfile import TensorFile
@@ -40,7 +41,7 @@ def export_bundle(
     not fit the model, ParityError if the result does not compute what the checkpoint does.
     """
     with _made(checkpoint_path, bundle_path, recipe, progress, replace, warn, threads, device) as (_, folder):
-        fsio.place_folder(folder, bundle_path)
+        fsio.place_folder(folder, bundle_path, folder.with_name(fsio.RETIRED))
     return Bundle.open(bundle_path)
 
 
@@ -64,15 +65,15 @@ def export_autoawq(
             "leave --quant, --lm-head and --vision away",
         )
     recipe = dataclasses.replace(recipe, lm_head="fp16")
-    with _made(checkpoint_path, target, recipe, progress, replace, warn, threads, device) as (export, folder):
+    with _made(checkpoint_path, target, recipe, progress, replace, warn, threads, device, True) as (export, folder):
         files = [TensorFile(path) for path in sorted((folder / WEIGHTS).glob("*.safetensors"))]
         stored, llm = StoredParameters(files), export.checkpoint.files.configs["llm"].data
         group_size = export.storage_plan("fp16").storage.group_size
         source = LlmWeights(
             export.cfg.llm, group_size, lambda name: stored.float32(name, export.source.shapes[name]), stored.int4
         )
-        tokenizer = export.checkpoint.files.tokenizer
-        write_autoawq(target, source, tokenizer, llm.get("bos_token_id"), llm.get("eos_token_id"), replace)
+        tokenizer, ids = export.checkpoint.files.tokenizer, (llm.get("bos_token_id"), llm.get("eos_token_id"))
+        write_autoawq(target, source, tokenizer, *ids, replace, within=folder.parent)
 
 
 @contextmanager
@@ -85,20 +86,20 @@ def _made(
     warn: Say,
     threads: int,
     device: str,
+    to_autoawq: bool = False,
 ) -> Iterator[tuple[Export, Path]]:
     """A finished bundle in a folder beside `target`, which goes when the block ends well."""
-    fsio.check_absent(target, replace)
+    check_target(target, replace, checkpoint_path, recipe)
     with workers(threads) as pool, torch.inference_mode():
         export = Export(checkpoint_path, recipe, progress, warn, pool, device)
         with working_folder(target, export.key) as (work, resumed):
             if resumed:
                 warn(f"going on with what is finished in {work}")
-            export.check_space(work)
-            try:
-                yield export, _run(export, work)
-            except InputError:  # will be so the next time too
-                discard(work)
-                raise
+            group_size = export.storage_plan("fp16").storage.group_size
+            export.check_space(work, weight_bytes(export.cfg.llm, group_size) if to_autoawq else 0)
+            folder = _run(export, work)
+            check_target(target, replace, checkpoint_path, recipe)  # hours may have passed
+            yield export, folder
             discard(work)
 
 

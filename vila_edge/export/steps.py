@@ -89,18 +89,21 @@ def working_folder(target: Path, key: str) -> Iterator[tuple[Path, bool]]:
     folder = folder_beside(target)
     fsio.make_folder(folder)
     with _lock(folder, target):
+        fsio.bring_back(folder / fsio.RETIRED, target)  # from a process that was killed in between
         mark = folder / KEY
         resumed = mark.is_file() and mark.read_text() == key
         if not resumed:
             empty(folder)
             fsio.replace_bytes(mark, key.encode())
-        for left_over in folder.rglob(f"*{fsio.PARTIAL}"):  # by a process that was killed
-            left_over.unlink()
+        for left_over in list(folder.rglob(f"*{fsio.PARTIAL}")):  # by a process that was killed
+            fsio.remove(left_over)
         yield folder, resumed
 
 
 def folder_beside(target: Path) -> Path:
-    """The working folder of a target."""
+    """The working folder of a target. Raises UsageError for a target that has no name of its own."""
+    if target.name in ("", ".."):
+        raise UsageError(f"-o {target}: no name of a folder to make", "give it one, as in -o BUNDLE")
     return target.with_name(f".{target.name}.work")
 
 
@@ -131,7 +134,7 @@ def empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name == KEY:
             continue
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        fsio.remove(path)
 
 
 def _described(path: Path) -> list[Any]:
