@@ -9,7 +9,7 @@ from vila_edge.engine.protocol import Engine
 from vila_edge.errors import UsageError
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
 
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "numpy")
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx", "numpy")
 THREADS_PER_CORE = 8  # at most: onnxruntime starts as many as it is told, and waits busily in each
 KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask for
 
@@ -17,7 +17,7 @@ KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask fo
 def open_engine(
     bundle: Bundle, backend: str = "auto", threads: int | None = None, kv_cache: str = "float32", context: int = 0
 ) -> Engine:
-    """The engine of that name. `auto` takes onnxruntime on the CPU.
+    """The engine of that name. `auto` takes onnxruntime on the CPU, `tensorrt` whichever of the two TensorRTs is there.
 
     `threads` of the CPU, by default as many as the process may use; `kv_cache`: what onnxruntime keeps it in;
     `context`: positions that a TensorRT engine must have been built for, by default as many as the last one.
@@ -32,10 +32,10 @@ def open_engine(
     _check_threads(threads)
     if backend == "numpy":
         return numpy_engine(bundle.config, bundle_parameters(bundle))
-    if backend == "tensorrt":
+    if backend in ("tensorrt", "tensorrt_rtx"):
         from vila_edge.engine.tensorrt import TensorrtEngine
 
-        return TensorrtEngine(bundle, context=context)
+        return TensorrtEngine(bundle, "auto" if backend == "tensorrt" else "tensorrt_rtx", context=context)
     from vila_edge.engine.onnxruntime import OnnxruntimeEngine
 
     if backend == "onnxruntime-cuda":

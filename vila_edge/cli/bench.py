@@ -18,7 +18,7 @@ TABLE_WIDTH = 80  # what the widest table needs
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Made by vila-edge export.")],
     backend: Annotated[
-        str, typer.Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt or numpy (slow reference).")
+        str, typer.Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt_rtx or numpy (slow reference).")
     ] = "auto",
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads; all cores by default.")] = None,
     prompt_tokens: Annotated[

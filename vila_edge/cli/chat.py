@@ -48,7 +48,7 @@ def chat(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object with answer and timings.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no statistics.")] = False,
     backend: Annotated[
-        str, typer.Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt or numpy (slow reference).")
+        str, typer.Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt_rtx or numpy (slow reference).")
     ] = "auto",
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads; all cores by default.")] = None,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", help="Positions of the context; 0: the model's.")] = 0,

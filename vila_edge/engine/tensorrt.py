@@ -52,12 +52,9 @@ class TensorrtEngine:
 
         Raises BackendError if TensorRT, the GPU, its memory or an engine is missing, or an engine is not of this bundle.
         """
-        trt = load_tensorrt(runtime)
         self.cfg = bundle.config
         with contextlib.ExitStack() as resources:  # given back in reverse order, and at once if something fails here
-            if device is None:
-                device = open_device()
-                resources.callback(device.close)
+            trt, device = _open(runtime, device, resources)
             self._device = device
             engines = cache or EngineCache()
             keys = find_engines(bundle, trt, device, engines, options, context)
@@ -193,6 +190,24 @@ class Component:
         staging.to_host(self._output.name, self._output.sized(images=images), self._stream)
         self._stream.synchronize()
         return staging.host[self._output.name][:images]
+
+
+def _open(runtime: RuntimeChoice, device: Device | None, resources: contextlib.ExitStack) -> tuple[ModuleType, Device]:
+    """TensorRT and the GPU. Both are tried, so that one BackendError names all that is missing."""
+    trt, missing = None, list[BackendError]()
+    try:
+        trt = load_tensorrt(runtime)
+    except BackendError as error:
+        missing.append(error)
+    if device is None:
+        try:
+            device = open_device()
+            resources.callback(device.close)
+        except BackendError as error:
+            missing.append(error)
+    if trt is None or device is None:
+        raise BackendError("; ".join(e.message for e in missing), "; ".join(e.hint for e in missing if e.hint))
+    return trt, device
 
 
 def find_engines(

@@ -1,0 +1,42 @@
+"""Which engine a name opens, and what it is opened with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vila_edge import load
+from vila_edge.backends import open_engine
+from vila_edge.bundle import Bundle
+from vila_edge.engine import tensorrt
+from vila_edge.errors import BackendError
+
+
+@pytest.mark.parametrize(("backend", "runtime"), [("tensorrt", "auto"), ("tensorrt_rtx", "tensorrt_rtx")])
+def test_each_tensorrt_is_opened_by_its_name_for_the_context_that_is_wanted(
+    backend: str, runtime: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(tensorrt, "TensorrtEngine", lambda bundle, name, context: opened.append((name, context)))
+    open_engine(Bundle.open(tiny_bundle), backend, context=77)
+    assert opened == [(runtime, 77)]
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_all_that_is_missing_is_named_at_once(backend: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_rtx", "pycuda", "pycuda.driver"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BackendError, match=rf"{backend}: the package .*; the package pycuda is not installed") as error:
+        load(tiny_bundle, backend)
+    assert "JetPack" in error.value.hint
+    assert error.value.hint.endswith("; pip install pycuda")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_reach_every_session(threads: int, tiny_bundle: Path) -> None:
+    engine: Any = open_engine(Bundle.open(tiny_bundle), "onnxruntime", threads)
+    sessions = [engine._vision_tower, engine._mm_projector, *(part.session for part in engine._decoder)]
+    assert {session.get_session_options().intra_op_num_threads for session in sessions} == {threads}
