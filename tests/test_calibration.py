@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.tiny import TINY, random_parameters
-from vila_edge.errors import InputError, PromptError
+from vila_edge.errors import InputError
 from vila_edge.export import calibration
 from vila_edge.export.built_in_samples import built_in
-from vila_edge.export.calibration import choose, embed, read_samples, write_samples
+from vila_edge.export.calibration import Sample, choose, embed, read_samples, too_few, write_samples
 from vila_edge.reference.torch_engine import numpy_parameters_engine
 from vila_edge.tokenizer import Tokenizer
 
@@ -81,18 +81,51 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ("[]", r"samples.jsonl:2: expected an object with either 'prompt' or 'text'"),
         ('{"prompt": "a", "text": "b"}', "either 'prompt' or 'text'"),
         ('{"prompt": "a", "images": ["../x.png"]}', r"'images' is \['../x.png'\], expected a list of file names"),
-        ('{"prompt": "<image> <image>", "images": ["x.png"]}', "2 <image> marks, but 1 image"),
+        ('{"prompt": "<image> <image>", "images": ["x.png"]}', "samples.jsonl:2: .* 2 <image> marks, but 1 image"),
+        ('{"prompt": null}', "samples.jsonl:2: 'prompt' is null, expected text"),
+        ('{"text": ["a"]}', r"'text' is \[\"a\"\], expected text"),
+        ('{"text": " "}', "'text' is \" \", expected text"),
+        ('{"prompt": "a", "answer": {"b": 1}}', "'answer' is {\"b\": 1}, expected text"),
+        ('{"prompt": "\\ud800"}', "'prompt' has half a character"),
+        ("[" * 100_000, "samples.jsonl:2: not JSON"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
-    with pytest.raises((InputError, PromptError), match=message):
+    with pytest.raises(InputError, match=message):
         read_samples(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_bytes(b'{"text": "caf\xe9"}\n' * 4)
+    with pytest.raises(InputError, match=r"samples.jsonl: not UTF-8 text: .* at byte 13"):
+        read_samples(tmp_path)
+
+
+def test_a_text_may_hold_what_unicode_calls_an_end_of_a_line(tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\x0bfour"
+    write_samples(tmp_path, [(text, text, [])] * 4)
+    samples = read_samples(tmp_path)
+    assert [turn.text for turn in samples.held_out[0].turns] == [text, text]
+
+
+def test_where_the_folder_is_and_how_it_is_called_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cal").mkdir()
+    write_samples(tmp_path / "cal", [(f"<image>\nWhat is {i}?", f"{i}", [picture(i)]) for i in range(4)])
+    want = read_samples(tmp_path / "cal")
+    monkeypatch.chdir(tmp_path / "cal")
+    found = read_samples(Path())
+    assert (found.description, found.sha256) == (want.description, want.sha256)
+
+
+def test_few_positions_are_said(tokenizer: Tokenizer) -> None:
+    assert "only 4 positions of 2 samples" in too_few([Sample("one"), Sample("two")], TINY, tokenizer)
+    assert too_few(built_in().search, TINY, tokenizer) == ""
 
 
 def test_a_missing_folder_and_too_few_samples(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="samples.jsonl: No such file"):
         read_samples(tmp_path)
     (tmp_path / "samples.jsonl").write_text('{"text": "one"}\n')
-    with pytest.raises(InputError, match="1 samples, expected at least 4"):
+    with pytest.raises(InputError, match=r"samples.jsonl: 1 samples, expected at least 4"):
         read_samples(tmp_path)

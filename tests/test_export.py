@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import random_parameters
@@ -72,6 +73,14 @@ def test_progress_goes_through_all_phases_to_their_ends(tiny_checkpoint: Path, t
         lambda phase, done, total: seen.update({phase: (done, total)}),
     )
     assert seen == {"read": (1, 1), "calibrate": (1, 1), "quantise": (2, 2), "write": (1, 1), "verify": (4, 4)}
+
+
+def test_samples_with_few_positions_are_warned_of(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"prompt": "<image>", "images": ["a.png"]}\n{"text": "one"}\n' * 2)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    said: list[str] = []
+    export_bundle(tiny_checkpoint, tmp_path / "b", Recipe("fp16", calibration=tmp_path), quiet, warn=said.append)
+    assert any("of 3 samples to search with, expected 512" in line for line in said)
 
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoint_copy: Path, tmp_path: Path) -> None:

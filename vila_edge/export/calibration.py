@@ -42,6 +42,7 @@ SAMPLES = "samples.jsonl"
 SAMPLES_LIMIT = 64 << 20
 HELD_OUT = 4  # every fourth sample is kept back, to measure the export with
 MEASURED = 8  # of those, at most
+ENOUGH = 512  # positions to search with
 SAMPLE_TOKENS = 1024  # positions of a sample that are calibrated on
 
 
@@ -94,15 +95,18 @@ def split(samples: Sequence[Sample], description: str, sha256: str = "") -> Cali
 def read_samples(folder: Path) -> CalibrationSet:
     """A user's samples. Raises InputError that names file and line."""
     path = folder / SAMPLES
-    lines = fsio.read_bytes(path, SAMPLES_LIMIT).decode(errors="replace").splitlines()
+    # Not splitlines: a text may hold what Unicode calls an end of a line.
+    lines = fsio.read_text(path, SAMPLES_LIMIT).split("\n")
     samples = [_sample(line, folder, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    digest = hashlib.sha256(fsio.sha256(path).encode())
+    if len(samples) < HELD_OUT:
+        raise InputError(f"{path}: {len(samples)} samples, expected at least {HELD_OUT}")
+    digest = hashlib.sha256(_sha256(path).encode())
     for image in sorted({Path(image) for sample in samples for image in sample.images if isinstance(image, Path)}):
         load_image(image)  # raises before anything is computed
-        digest.update(f"{image.name} {fsio.sha256(image)}\n".encode())
+        digest.update(f"{image.name} {_sha256(image)}\n".encode())
     images = sum(len(sample.images) for sample in samples)
-    sha256 = digest.hexdigest()
-    return split(samples, f"{len(samples)} samples with {images} images of {folder.name}, {sha256[:12]}", sha256)
+    sha256 = digest.hexdigest()  # and not the folder's name: it may be read from any place
+    return split(samples, f"{len(samples)} samples with {images} images, {sha256[:12]}", sha256)
 
 
 def write_samples(folder: Path, samples: Sequence[tuple[str, str, Sequence[Image.Image]]]) -> None:
@@ -154,21 +158,54 @@ def max_positions(cfg: VilaConfig) -> int:
     return min(SAMPLE_TOKENS, cfg.llm.context_length)
 
 
+def too_few(samples: Sequence[Sample], cfg: VilaConfig, tokenizer: Tokenizer) -> str:
+    """What to say of samples that have fewer positions than they should; "" if there are enough."""
+    positions = sum(sample.positions(tokenizer, cfg) for sample in samples)
+    if positions >= ENOUGH:
+        return ""
+    return (
+        f"only {positions} positions of {len(samples)} samples to search with, expected {ENOUGH}: "
+        "neither the search nor the parity gate can say much with so few"
+    )
+
+
 def _sample(line: str, folder: Path, where: str) -> Sample:
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(value, dict) or not ("text" in value) ^ ("prompt" in value):
         raise InputError(f"{where}: expected an object with either 'prompt' or 'text'")
+    for key in value.keys() & {"text", "prompt", "answer"}:
+        _check_content(key, value[key], where)
     names = value.get("images", [])
     if not isinstance(names, list) or any(not isinstance(n, str) or Path(n).name != n for n in names):
         raise InputError(f"{where}: 'images' is {names!r}, expected a list of file names in {folder}")
     images = tuple(folder / name for name in names)
-    check_text(str(value.get("text", value.get("prompt"))), [IMAGE_MARK] * len(images))
+    text = value["text"] if "text" in value else value["prompt"]
+    try:
+        check_text(text, [IMAGE_MARK] * len(images))
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", error.hint) from None
     if "text" in value:
-        return Sample(text=str(value["text"]), images=images)
-    turns = [Turn("user", str(value["prompt"]))]
+        return Sample(text=text, images=images)
+    turns = [Turn("user", text)]
     if "answer" in value:
-        turns.append(Turn("assistant", str(value["answer"])))
+        turns.append(Turn("assistant", value["answer"]))
     return Sample(turns=tuple(turns), images=images)
+
+
+def _check_content(key: str, value: object, where: str) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: {key!r} is {json.dumps(value)[:60]}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: {key!r} has half a character, {value[error.start]!r}, expected text") from None
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return fsio.sha256(path.resolve())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None

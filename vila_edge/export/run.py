@@ -13,6 +13,7 @@ from vila_edge import fsio
 from vila_edge.bundle import WEIGHTS, Bundle
 from vila_edge.errors import UsageError
 from vila_edge.export.autoawq_folder import LlmWeights, weight_bytes, write_autoawq
+from vila_edge.export.calibration import too_few
 from vila_edge.export.job import Export, Progress, Say
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.steps import StartOver, discard, empty, working_folder
@@ -92,6 +93,10 @@ def _made(
     check_target(target, replace, checkpoint_path, recipe)
     with workers(threads) as pool, torch.inference_mode():
         export = Export(checkpoint_path, recipe, progress, warn, pool, device)
+        if recipe.calibration and len(export.search) == len(export.samples.search):
+            few = too_few(export.search, export.cfg, export.tokenizer)
+            if few:
+                warn(few)
         with working_folder(target, export.key) as (work, resumed):
             if resumed:
                 warn(f"going on with what is finished in {work}")
