@@ -28,7 +28,7 @@ from vila_edge.cli.console import PhaseDisplay, print_warning
 from vila_edge.errors import InputError
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.eras import Choices
-from vila_edge.export.gate import Gate
+from vila_edge.export.gate import KL, Gate
 from vila_edge.export.source import Source
 from vila_edge.export.steps import Relay, Steps
 from vila_edge.export.storage import Storage
@@ -60,7 +60,15 @@ def main(
 
         def report(gate: Gate, progress: Callable[[int, int], None]) -> dict[str, Any]:
             verification = Verification(
-                sealed.path, sealed.config, tokenizer, Source(opened), samples.held_out, gate, storage, pool
+                sealed.path,
+                sealed.config,
+                tokenizer,
+                Source(opened),
+                samples.held_out,
+                gate,
+                storage,
+                pool,
+                sealed=True,
             )
             return verification.report(Relay(Steps(Path(work), "verify"), "verify"), progress)
 
@@ -91,13 +99,16 @@ def show(report: dict[str, Any], title: str) -> None:
     table = Table("component", "mean cosine", "min cosine", "max error", "max activation", title=title)
     rows: dict[str, Any] = {name: report[name] for name in ("vision_tower", "mm_projector") if name in report}
     rows |= {f"block {i}": found for i, found in enumerate(report["blocks"])}
-    for name, found in {**rows, "lm_head": report["lm_head"], "llm": report["llm"]}.items():
+    rows |= {name: report[name] for name in ("lm_head", "llm", "llm_int8_cache") if name in report}
+    for name, found in rows.items():
         values = (found.get(key) for key in ("mean_cosine", "min_cosine", "max_error", "max_activation"))
         table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
     Console().print(table)
-    llm = report["llm"]
     print(f"{report['prompts']} prompts, {report['backend']}")
-    print(f"same most likely token in {llm['top1_agreement']:.1%} of positions, mean KL {llm['mean_kl']:.3g} nats")
+    for name, what in (("llm", ""), ("llm_int8_cache", "with a kv_cache in 8 bits: ")):
+        if found := report.get(name):
+            same = f"same most likely token in {found['top1_agreement']:.1%} of positions"
+            print(f"{what}{same}, mean {KL} {found['mean_kl']:.3g} nats")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from export.common import run_script
 from tests.families import FAMILIES, shrink, write_checkpoint
 from tests.packed import pack_checkpoint
 from tests.tiny import TINY, random_parameters
-from vila_edge.bundle import Bundle
+from vila_edge.bundle import Bundle, file_problems, read_manifest
 from vila_edge.export.built_in_samples import built_in
 from vila_edge.export.calibration import embed
 from vila_edge.export.states import read_states
@@ -160,8 +160,20 @@ def test_verify_finds_what_the_export_found(tiny_bundle: Path, tiny_checkpoint: 
     done = script("verify_bundle", tiny_bundle, tiny_checkpoint)
     assert done.code == 0 and "warning" not in done.err
     assert "block 1" in done.out and "same most likely token in" in done.out
+    assert done.out.count("mean KL(bundle || checkpoint)") == 2  # and with a kv_cache in 8 bits
     report = json.loads(script("verify_bundle", tiny_bundle, tiny_checkpoint, "--json").out)
     assert report == Bundle.open(tiny_bundle).manifest.parity
+
+
+def test_verify_on_other_samples_changes_no_byte_of_the_bundle(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, script: Script
+) -> None:
+    """Steps of a kv_cache in 8 bits are part of it, and other samples would give others."""
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"text": "line {i}"}}\n' for i in range(8)))
+    report = json.loads(script("verify_bundle", tiny_bundle, tiny_checkpoint, "--calibration", tmp_path, "--json").out)
+    assert report["llm"] != Bundle.open(tiny_bundle).manifest.parity["llm"]
+    for _, problem in file_problems(tiny_bundle, read_manifest(tiny_bundle).files, contents=True):
+        raise problem
 
 
 def test_verify_fails_if_a_limit_is_broken_and_reports_all_the_same(

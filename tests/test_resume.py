@@ -19,6 +19,7 @@ import pytest
 from vila_edge.bundle import Bundle
 from vila_edge.errors import ParityError, VilaEdgeError
 from vila_edge.export import awq, job
+from vila_edge.export.eras import Choices
 from vila_edge.export.gate import Gate
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.run import export_bundle
@@ -115,14 +116,80 @@ def test_what_was_left_and_is_damaged_is_made_again(tiny_checkpoint: Path, tmp_p
     assert "is damaged: starting anew" in said[-1]
 
 
-def test_another_recipe_does_not_go_on_with_what_was_left(tiny_checkpoint: Path, tmp_path: Path, whole: str) -> None:
+# Another value for every field of a recipe: of those that decide the decoder blocks, and of the others.
+DECIDE_BLOCKS: dict[str, Any] = {
+    "quantization": "fp16",
+    "method": "rtn",
+    "group_size": 16,
+    "symmetric": True,
+    "calibration": Path("samples"),
+    "calibration_tokens": 300,
+    "search_dtype": "bfloat16",
+    "choices": Choices(token_order="row_major"),
+}
+DECIDE_NO_BLOCK: dict[str, Any] = {
+    "lm_head": "fp16",
+    "vision": "int8",
+    "name": "another",
+    "license_note": "as is",
+    "gate": Gate(mean_kl=2),
+}
+
+
+def stopped_before_the_gate(checkpoint: Path, target: Path, recipe: Recipe) -> None:
+    """An export whose blocks are finished."""
+
     def stop(phase: str, done: int, total: int) -> None:
         if phase == "verify":
             raise Crash
 
     with pytest.raises(Crash):
-        export_bundle(tiny_checkpoint, tmp_path / "b", Recipe(group_size=16, calibration_tokens=500), stop)
+        export_bundle(checkpoint, target, recipe, stop)
+
+
+def write_texts(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "samples.jsonl").write_text("".join(f'{{"text": "line {i}"}}\n' for i in range(8)))
+
+
+def test_every_field_of_a_recipe_is_known_here() -> None:
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert DECIDE_BLOCKS.keys() | DECIDE_NO_BLOCK.keys() == fields
+
+
+@pytest.mark.parametrize("field", list(DECIDE_BLOCKS))
+def test_another_recipe_does_not_go_on_with_what_was_left(
+    field: str, tiny_checkpoint: Path, tmp_path: Path, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says so before it goes."""
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "samples")
+    other, said = dataclasses.replace(RECIPE, **{field: DECIDE_BLOCKS[field]}), list[str]()
+    stopped_before_the_gate(tiny_checkpoint, tmp_path / "b", other)
+    assert export(tiny_checkpoint, tmp_path / "b", warn=said.append) == whole
+    assert any(str(tmp_path / ".b.work") in line and "it goes" in line for line in said)
+
+
+@pytest.mark.parametrize("field", list(DECIDE_NO_BLOCK))
+def test_what_decides_no_block_has_none_searched_again(
+    field: str, tiny_checkpoint: Path, tmp_path: Path, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_before_the_gate(
+        tiny_checkpoint, tmp_path / "b", dataclasses.replace(RECIPE, **{field: DECIDE_NO_BLOCK[field]})
+    )
+    monkeypatch.setattr(job, "quantise_block", None)
     assert export(tiny_checkpoint, tmp_path / "b") == whole
+
+
+def test_the_way_to_the_samples_decides_nothing(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "samples")
+    stopped_before_the_gate(tiny_checkpoint, tmp_path / "b", dataclasses.replace(RECIPE, calibration=Path("samples")))
+    monkeypatch.setattr(job, "quantise_block", None)
+    recipe = dataclasses.replace(RECIPE, calibration=tmp_path / "samples")
+    export_bundle(tiny_checkpoint, tmp_path / "b", recipe, lambda phase, done, total: None)
 
 
 def test_a_looser_gate_goes_on_and_a_tighter_one_is_applied(tiny_checkpoint: Path, tmp_path: Path, whole: str) -> None:

@@ -21,6 +21,12 @@ from vila_edge.parameters import count_parameters
 __all__ = ["in_process"]
 
 
+def test_the_divergence_says_of_which_from_which(tiny_bundle: Path, in_process: Callable[..., Done]) -> None:
+    found = in_process("show", tiny_bundle).stdout
+    kl = read_manifest(tiny_bundle).parity["llm"]["mean_kl"]
+    assert f"KL(bundle || checkpoint) {kl:.2g}," in found
+
+
 def test_everything_is_counted_once(tiny_bundle: Path) -> None:
     found = describe(tiny_bundle)
     assert found["parameters"] == count_parameters(TINY)

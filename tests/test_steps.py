@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,36 @@ def test_a_working_folder_outlives_the_block_and_knows_its_key(tmp_path: Path) -
     with working_folder(target, "two") as (folder, _):
         assert not (folder / ".y.1.partial").exists()
     assert not target.exists()
+
+
+def test_finished_work_of_another_key_does_not_go_unsaid(tmp_path: Path) -> None:
+    said: list[str] = []
+    for key in ("one", "one", "two", "three"):
+        with working_folder(tmp_path / "b", key, said.append) as (folder, _):
+            if key == "one":
+                Steps(folder, key).run("first", dict)
+    (line,) = said  # with "two" nothing was finished
+    assert str(tmp_path / ".b.work") in line and line.endswith("it goes")
+
+
+def test_a_step_that_is_apart_is_done_again_alone(tmp_path: Path) -> None:
+    """Neither does another one make the steps behind it stale, nor do they it."""
+    did: list[str] = []
+
+    def run(*names: str) -> list[str]:
+        def work(name: str) -> Result:
+            did.append(name)
+            return {}
+
+        did.clear()
+        steps = Steps(tmp_path, "k")
+        for name in names:
+            steps.run(name, partial(work, name), apart=name.startswith("apart"))
+        return list(did)
+
+    assert run("apart.one", "second", "third") == ["apart.one", "second", "third"]
+    assert run("apart.two", "second", "third") == ["apart.two"]
+    assert run("apart.one", "other", "apart.two", "third") == ["other", "third"]
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:

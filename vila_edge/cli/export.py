@@ -130,6 +130,8 @@ def export(
 
 
 def _report(bundle: Bundle, output: Path, recipe: Recipe) -> None:
+    from vila_edge.export.gate import KL
+
     profile, quantization = bundle.config.profile, bundle.manifest.quantization
     lines = [
         f"era {profile.era}, template {profile.template}, {profile.token_order} tokens, tokenised "
@@ -150,7 +152,7 @@ def _report(bundle: Bundle, output: Path, recipe: Recipe) -> None:
     llm = parity["llm"]
     lines.append(
         f"against the checkpoint, on {parity['prompts']} held-out prompts: same most likely token "
-        f"in {llm['top1_agreement']:.1%} of positions, KL {llm['mean_kl']:.2g}"
+        f"in {llm['top1_agreement']:.1%} of positions, {KL} {llm['mean_kl']:.2g}"
     )
     lines.append(f'ask it:  {PROGRAM} chat {output} -i IMAGE "What is in the image?"')
     for line in lines:

@@ -160,6 +160,8 @@ def _model_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _made_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """How the bundle was made. A bundle by hand need not say all of it."""
+    from vila_edge.export.gate import KL
+
     said, made, parity = found["quantization"], found["provenance"], found["parity"]
     if said.get("bits"):
         kind = "symmetric" if said.get("symmetric") else "asymmetric"
@@ -172,7 +174,7 @@ def _made_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     versions = ", ".join(f"{key} {made[key]}" for key in ("vila_edge", "torch", "onnx") if key in made)
     llm = parity.get("llm", {})
     agreement = (
-        f"same most likely token in {llm['top1_agreement']:.1%} of positions, KL {llm['mean_kl']:.2g}, "
+        f"same most likely token in {llm['top1_agreement']:.1%} of positions, {KL} {llm['mean_kl']:.2g}, "
         f"on {parity.get('prompts')} held-out prompts"
         if {"top1_agreement", "mean_kl"} <= llm.keys()
         else "unknown"

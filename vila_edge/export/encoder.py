@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,12 +20,31 @@ FloatArray = NDArray[np.float32]
 
 
 class WatchingOps(TorchOps):
-    """Remembers the largest magnitude that a linear or a sum came to."""
+    """Remembers the largest magnitude that an engine in 16 bits would have to hold.
+
+    SiLU and GELU make nothing larger; what a norm computes inside is float32 in every engine.
+    """
 
     largest = 0.0
 
     def linear(self, x: Tensor, name: str, out: int, bias: bool = True) -> Tensor:
         return self._watched(super().linear(x, name, out, bias))
+
+    def patch_embedding(self, pixel_values: Tensor, name: str, patch: int, width: int, bias: bool) -> Tensor:
+        return self._watched(super().patch_embedding(pixel_values, name, patch, width, bias))
+
+    def position_embedding(self, x: Tensor, name: str) -> Tensor:
+        return self._watched(super().position_embedding(x, name))
+
+    def layer_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
+        return self._watched(super().layer_norm(x, name, eps))
+
+    def rms_norm(self, x: Tensor, name: str, eps: float) -> Tensor:
+        return self._watched(super().rms_norm(x, name, eps))
+
+    def quick_gelu(self, x: Tensor) -> Tensor:
+        self._watched(1.702 * x)
+        return super().quick_gelu(x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         return self._watched(super().add(a, b))
@@ -32,8 +52,18 @@ class WatchingOps(TorchOps):
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         return self._watched(super().mul(a, b))
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+        self._watched(k)  # rotated, as the kv_cache has them
+        scaled = self._watched(q) / math.sqrt(q.shape[-1])  # engines scale before the product, or inside of it
+        heads = q.shape[1] // k.shape[1]
+        for head in range(q.shape[1]):  # one at a time: all scores of a long sequence are large
+            scores = scaled[:, head] @ k[:, head // heads].mT
+            self._watched(scores if visible is None else scores.where(visible, 0))
+        return super().mix(q, k, v, visible)
+
     def _watched(self, x: Tensor) -> Tensor:
-        self.largest = float(np.maximum(self.largest, float(x.abs().max())))  # what is not a number stays
+        largest = torch.stack(x.aminmax()).abs().max()  # no copy of x
+        self.largest = float(np.maximum(self.largest, float(largest)))  # what is not a number stays
         return x
 
     def largest_cached(self, layer: int) -> NDArray[np.float32]:

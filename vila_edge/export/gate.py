@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vila_edge.errors import ParityError
+from vila_edge.stored import Form
 
+KL = "KL(bundle || checkpoint)"  # how `mean_kl` is called where people read it
 REPORT_DIGITS = 4
 ROWS_AT_ONCE = 64  # that are widened to float64
 
@@ -32,8 +34,9 @@ class Gate:
     lm_head_int4: float = 0.95
     llm: float = 0.999  # logits of the whole LLM, on the bundle's own activations
     llm_int4: float = 0.9
+    llm_int8_cache: float = 0.9  # the same with a kv_cache in 8 bits
     top1_agreement: float = 0.0
-    mean_kl: float = 1.0  # nats
+    mean_kl: float = 1.0  # nats, of the bundle's probabilities from the checkpoint's
     max_activation: float = 65504.0  # what 16 bits hold: engines on a GPU compute in them
 
 
@@ -45,13 +48,17 @@ class GateError(ParityError):
         self.component = component
 
 
+class OverflowGateError(GateError):
+    """A component whose activations are too large: no other form of its weights mends that."""
+
+
 def checked(component: str, found: dict[str, Any], min_cosine: float, gate: Gate) -> dict[str, Any]:
     """A difference's report, for the manifest. Raises GateError if it is out of the limits."""
     largest = found.get("max_activation", 0.0)
     if largest > gate.max_activation:
-        raise GateError(
+        raise OverflowGateError(
             component,
-            f"activations of the checkpoint reach {largest:.4g}, above {gate.max_activation:.6g}: "
+            f"activations reach {largest:.4g}, above {gate.max_activation:.6g}: "
             "an engine that computes in 16 bits would overflow",
             "if the bundle is for a CPU alone, allow it: --gate max_activation=inf",
         )
@@ -66,17 +73,19 @@ def checked(component: str, found: dict[str, Any], min_cosine: float, gate: Gate
     return {key: value for key, value in found.items() if key != "finite"}
 
 
-def check_answers(report: dict[str, Any], gate: Gate) -> None:
-    """Raises ParityError if the most likely tokens or their probabilities are too often others."""
+def check_answers(component: str, report: dict[str, Any], gate: Gate, lm_head: Form) -> None:
+    """Raises GateError if the most likely tokens or their probabilities are too often others."""
+    remedy = _CALIBRATE + (_LARGER_HEAD if lm_head in ("int8", "int4") else _SMALLER_GROUPS)
     if report["top1_agreement"] < gate.top1_agreement:
         raise GateError(
-            "llm",
+            component,
             f"the same most likely token in {report['top1_agreement']:.1%} of positions, "
             f"expected {gate.top1_agreement:.1%}",
-            _QUALITY,
+            remedy,
         )
     if not report["mean_kl"] <= gate.mean_kl:
-        raise GateError("llm", f"mean KL divergence {report['mean_kl']:.3g} nats, expected {gate.mean_kl}", _QUALITY)
+        message = f"mean {KL} {report['mean_kl']:.3g} nats, expected {gate.mean_kl}"
+        raise GateError(component, message, remedy)
 
 
 class Difference:
@@ -113,7 +122,7 @@ class Difference:
 
 
 class LogitDifference(Difference):
-    """Also: how often the same token is the most likely one, and the mean KL divergence in nats."""
+    """Also: how often the same token is the most likely one, and the mean KL(bundle || checkpoint) in nats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,9 +130,9 @@ class LogitDifference(Difference):
 
     def _add_rows(self, a: NDArray[np.float64], b: NDArray[np.float64]) -> None:
         super()._add_rows(a, b)
-        p, q = _log_softmax(a), _log_softmax(b)
+        checkpoint, bundle = _log_softmax(a), _log_softmax(b)
         self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
-        self.kl += float((np.exp(p) * (p - q)).sum())
+        self.kl += float((np.exp(bundle) * (bundle - checkpoint)).sum())
 
     def report(self) -> dict[str, Any]:
         answers = {"top1_agreement": rounded(self.same / self.count), "mean_kl": rounded(self.kl / self.count)}
@@ -142,4 +151,5 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 _REMEDY = "if the checkpoint itself is sound, this is a fault of the export: report it with its config.json"
-_QUALITY = "calibrate on samples like those that the model will see (--calibration), or take a larger lm_head"
+_CALIBRATE = "calibrate on samples like those that the model will see (--calibration), or take "
+_LARGER_HEAD, _SMALLER_GROUPS = "--lm-head fp16", "smaller groups, as in -g 64"

@@ -6,7 +6,6 @@ bundle that is to be made, until the whole is there.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from vila_edge.export.built_in_samples import built_in
 from vila_edge.export.calibration import choose, embed, read_samples
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.encoder import CheckpointEncoder
-from vila_edge.export.gate import GateError
+from vila_edge.export.gate import GateError, OverflowGateError
 from vila_edge.export.grid import Grid
 from vila_edge.export.layouts import PULLED_FROM
 from vila_edge.export.recipe import Recipe
@@ -85,9 +84,14 @@ class Export:
 
     @property
     def key(self) -> str:
-        """Stands for all that decides what is made. Names and limits do not."""
-        recipe = dataclasses.replace(self.recipe, name="", license_note="", gate=type(self.recipe.gate)())
-        decides = [FORMAT_VERSION, self.provenance, self.samples.sha256, np.__version__, repr(recipe), repr(self.cfg)]
+        """Stands for all that decides the decoder blocks: they take hours.
+
+        Names, paths and limits do not. The forms of lm_head and of the tower are in the names of their own steps.
+        """
+        how = self.recipe
+        search = [how.quantization, how.method, how.group_size, how.symmetric, how.calibration_tokens, how.search_dtype]
+        sources = {key: value for key, value in self.provenance.items() if key not in ("repo", "revision")}
+        decides = [FORMAT_VERSION, sources, self.samples.sha256, np.__version__, search, repr(self.cfg)]
         return hashlib.sha256(fsio.json_bytes(decides)).hexdigest()
 
     def check_space(self, work: Path, beside: int = 0) -> None:
@@ -110,8 +114,8 @@ class Export:
         folder, steps = work / "bundle", Steps(work, self.key)
         fsio.make_folder(folder / WEIGHTS)
         plan = self.storage_plan("fp16")  # lm_head is decided below, and is in none of these files
-        for file in TOWER_FILES:
-            self._convert(steps, folder, plan, file)
+        for file in TOWER_FILES:  # first: it says soon what does not fit
+            self._convert(steps, folder, plan, file, f"{Path(file).stem}.{plan.storage.vision}", apart=True)
         self._layers(steps, folder, plan)
         plan, parity = self._finish(steps, folder)
         write_manifest(
@@ -125,12 +129,14 @@ class Export:
         )
         return folder
 
-    def _convert(self, steps: Steps, folder: Path, plan: StoragePlan, file: str, name: str = "") -> None:
+    def _convert(
+        self, steps: Steps, folder: Path, plan: StoragePlan, file: str, name: str, apart: bool = False
+    ) -> None:
         def work() -> Result:
             write_converted(folder, plan, file, self.source)
             return {}
 
-        steps.run(name or Path(file).stem, work, [folder / file])
+        steps.run(name, work, [folder / file], apart=apart)
 
     def _layers(self, steps: Steps, folder: Path, plan: StoragePlan) -> None:
         """Every decoder block."""
@@ -151,7 +157,7 @@ class Export:
             elif self.recipe.quantization == "int4":
                 steps.run(Path(file).stem, partial(self._round_layer, folder, plan, layer), [folder / file])
             else:
-                self._convert(steps, folder, plan, file)
+                self._convert(steps, folder, plan, file, Path(file).stem)
         self.progress(phase, layers, layers)
 
     def _calibrate(self, _: Path | None, after: Path | None) -> Result:
@@ -209,7 +215,8 @@ class Export:
             try:
                 return plan, self._verify(steps, folder, plan)
             except GateError as error:
-                if error.component not in ("lm_head", "llm") or form == forms[-1]:
+                of_head = error.component in ("lm_head", "llm") and not isinstance(error, OverflowGateError)
+                if not of_head or form == forms[-1]:
                     raise
                 self.warn(f"lm_head stays in 16 bits: with {form}, {error.message}")
         raise AssertionError(forms)

@@ -97,7 +97,7 @@ def _made(
             few = too_few(export.search, export.cfg, export.tokenizer)
             if few:
                 warn(few)
-        with working_folder(target, export.key) as (work, resumed):
+        with working_folder(target, export.key, warn) as (work, resumed):
             if resumed:
                 warn(f"going on with what is finished in {work}")
             group_size = export.storage_plan("fp16").storage.group_size

@@ -33,10 +33,15 @@ class Slice:
 
     def run(self, x: Array, others: Mapping[str, NDArray[Any]] | None = None) -> Array:
         """The output for one input. `others`: the graph's further inputs, of which it takes what it needs."""
+        return self.run_all(x, others)[self.output]
+
+    def run_all(self, x: Array, others: Mapping[str, NDArray[Any]] | None = None) -> dict[str, NDArray[Any]]:
+        """The same with all that it gives out, by name."""
         wanted = {i.name for i in self.session.get_inputs()} - {self.input}
         feed = {name: value for name, value in (others or {}).items() if name in wanted}
-        found: Array = self.session.run([self.output], {self.input: np.ascontiguousarray(x)} | feed)[0]
-        return found
+        names = [output.name for output in self.session.get_outputs()]
+        found = self.session.run(names, {self.input: np.ascontiguousarray(x)} | feed)
+        return dict(zip(names, found, strict=True))
 
 
 class SlicedGraph:
@@ -54,11 +59,11 @@ class SlicedGraph:
     def __len__(self) -> int:
         return len(self._values) - 1
 
-    def load(self, index: int) -> Slice:
-        """One slice with its weights: let go of it before the next."""
+    def load(self, index: int, others: Sequence[str] = ()) -> Slice:
+        """One slice with its weights: let go of it before the next. `others`: further outputs that are wanted."""
         release_memory()
         begin, end = self._values[index : index + 2]
-        part = _cut(self._model, begin, end)
+        part = _cut(self._model, begin, [end, *others])
         return Slice(session(part, self._weights, self._path, threads=1, arena=False), begin, end)
 
 
@@ -74,24 +79,57 @@ def projector_slice(folder: Path) -> Slice:
     return SlicedGraph(folder, "mm_projector", bindings.IMAGE_FEATURES, [], bindings.IMAGE_EMBEDS).load(0)
 
 
-def decoder_slices(folder: Path, cfg: VilaConfig) -> SlicedGraph:
+def decoder_slices(folder: Path, cfg: VilaConfig, graph: str = "decoder") -> SlicedGraph:
     """The decoder of a bundle: its blocks, [1, S, D] to [1, S, D], then the last norm and lm_head to logits."""
     starts = [f"{architecture.LLM}.layers.{layer}.input_layernorm" for layer in range(1, cfg.llm.num_hidden_layers)]
-    return SlicedGraph(
-        folder, "decoder", bindings.INPUTS_EMBEDS, [*starts, f"{architecture.LLM}.norm"], bindings.LOGITS
-    )
+    return SlicedGraph(folder, graph, bindings.INPUTS_EMBEDS, [*starts, f"{architecture.LLM}.norm"], bindings.LOGITS)
 
 
-def decoder_inputs(length: int, cfg: VilaConfig) -> dict[str, NDArray[Any]]:
-    """What a decoder slice needs beside hidden states: an empty kv_cache, positions, and that all logits are wanted."""
-    inputs: dict[str, NDArray[Any]] = {
-        f"past_{binding.name}": np.zeros(binding.sized(capacity=length), np.float32)
-        for binding in bindings.kv_cache(cfg)
+def run_layer(piece: Slice, x: Array, layer: int, cfg: VilaConfig) -> Array:
+    """What a decoder block makes of a whole sequence [S, D]."""
+    found: Array = piece.run(x[None], _positions(0, len(x)) | _empty_cache(len(x), layer, cfg, "float32"))[0]
+    return found
+
+
+def run_layer_in_two(piece: Slice, x: Array, layer: int, cfg: VilaConfig) -> Array:
+    """The same with a kv_cache in 8 bits; the second half reads there what the first left."""
+    cache, parts = _empty_cache(len(x), layer, cfg, "int8"), list[Array]()
+    for start, stop in ((0, len(x) // 2), (len(x) // 2, len(x))):
+        if start == stop:
+            continue
+        found = piece.run_all(x[None, start:stop], _positions(start, stop) | cache)
+        parts.append(found[piece.output][0])
+        cache = {f"past_{name}": found[f"present_{name}"] for name in cached(layer)}
+    return np.concatenate(parts)
+
+
+def run_head(piece: Slice, x: Array) -> Array:
+    """Logits [S, V] of the last block's states [S, D]."""
+    found: Array = piece.run(x[None], _positions(0, len(x)))[0]
+    return found
+
+
+def cached(layer: int) -> list[str]:
+    """The names of a layer's keys and values in the kv_cache."""
+    return [f"key_{layer}", f"value_{layer}"]
+
+
+def _empty_cache(length: int, layer: int, cfg: VilaConfig, cache_type: bindings.CacheType) -> dict[str, NDArray[Any]]:
+    """Of one layer alone: those of all would grow with the model."""
+    return {
+        f"past_{binding.name}": np.zeros(binding.sized(capacity=length), cache_type)
+        for binding in bindings.kv_cache(cfg, cache_type)
+        if binding.name in cached(layer)
     }
-    inputs[bindings.LAST_POSITION] = np.asarray([length - 1], np.int32)
-    inputs[bindings.TOTAL_LENGTH] = np.asarray(length, np.int32)
-    inputs[bindings.LOGITS_TO_KEEP] = np.arange(length, dtype=np.int64)
-    return inputs
+
+
+def _positions(start: int, stop: int) -> dict[str, NDArray[Any]]:
+    """That positions from `start` are given, and all of their logits wanted."""
+    return {
+        bindings.LAST_POSITION: np.asarray([stop - 1], np.int32),
+        bindings.TOTAL_LENGTH: np.asarray(stop, np.int32),
+        bindings.LOGITS_TO_KEEP: np.arange(stop - start, dtype=np.int64),
+    }
 
 
 def _fed_by(graph: onnx.GraphProto, parameter: str, path: Path) -> str:
@@ -102,11 +140,11 @@ def _fed_by(graph: onnx.GraphProto, parameter: str, path: Path) -> str:
     raise BundleError(f"{path}: no node of {parameter!r}")
 
 
-def _cut(model: onnx.ModelProto, begin: str, end: str) -> bytes:
-    """The part of a graph that makes the value `end` out of `begin` and of the graph's own inputs."""
+def _cut(model: onnx.ModelProto, begin: str, ends: Sequence[str]) -> bytes:
+    """The part of a graph that makes the values `ends` out of `begin` and of the graph's own inputs."""
     makers = {output: node for node in model.graph.node for output in node.output}
     known = {value.name: value for value in (*model.graph.input, *model.graph.output)}
-    needed, wanted, nodes = {begin}, [end], dict[str, onnx.NodeProto]()
+    needed, wanted, nodes = {begin}, [*ends], dict[str, onnx.NodeProto]()
     while wanted:
         name = wanted.pop()
         if name in needed:
@@ -119,7 +157,7 @@ def _cut(model: onnx.ModelProto, begin: str, end: str) -> bytes:
         [node for node in model.graph.node if node.name in nodes],
         model.graph.name,
         [_value(name, known) for name in sorted(needed & {*known, begin} - makers.keys() | {begin})],
-        [_value(end, known)],
+        [_value(end, known) for end in ends],
         [tensor for tensor in model.graph.initializer if tensor.name in needed],
     )
     part = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)

@@ -21,6 +21,7 @@ from vila_edge.export.workers import release_memory
 
 Result = dict[str, Any]
 KEY = "key"  # a file: what the work is made from
+RECORDS = "steps"  # a folder: what is finished
 
 
 class Steps:
@@ -29,8 +30,8 @@ class Steps:
     def __init__(self, folder: Path, key: str) -> None:
         """`folder`: what `working_folder` made. `key`: stands for all that goes into the work."""
         self.folder = folder
-        self._digest = key
-        self._records = folder / "steps"
+        self._key = self._digest = key
+        self._records = folder / RECORDS
         fsio.make_folder(self._records)
         self.made_here = False  # whether the last step was made now, and not found
 
@@ -40,22 +41,25 @@ class Steps:
         work: Callable[[], Result],
         files: Sequence[Path] = (),
         carried: Path | None = None,
+        apart: bool = False,
     ) -> Result:
         """The result of `work`, or what it was when it was done last.
 
         `files` are what the step makes for good. `carried` is what it makes for the next step alone, which may
-        delete it when it is done.
+        delete it when it is done. A step that is `apart` depends on no step before it, and none behind it on it.
         """
-        self._digest = hashlib.sha256(f"{self._digest}\n{name}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{self._key if apart else self._digest}\n{name}".encode()).hexdigest()
         path = self._records / f"{name}.json"
-        known = self._known(path, files)
+        known = None if self.made_here and not apart else self._known(path, files, digest)
+        if not apart:
+            self._digest = digest
         if known is not None:
             return known
         result = work()
         release_memory()
-        self.made_here = True  # whatever comes after was made from something else
+        self.made_here |= not apart  # whatever comes after was made from something else
         made = {file.name: _described(file) for file in (*files, *([carried] if carried else ()))}
-        fsio.replace_bytes(path, fsio.json_bytes({"inputs": self._digest, "files": made, "result": result}))
+        fsio.replace_bytes(path, fsio.json_bytes({"inputs": digest, "files": made, "result": result}))
         return result
 
     def has_carried(self, name: str, path: Path) -> bool:
@@ -66,12 +70,12 @@ class Steps:
         except (InputError, OSError, KeyError):
             return False
 
-    def _known(self, path: Path, files: Sequence[Path]) -> Result | None:
-        if self.made_here or not path.is_file():
+    def _known(self, path: Path, files: Sequence[Path], digest: str) -> Result | None:
+        if not path.is_file():
             return None
         try:
             record = fsio.read_json(path)
-            same = record["inputs"] == self._digest
+            same = record["inputs"] == digest
             if same and all(record["files"][file.name] == _described(file) for file in files):
                 result: Result = record["result"]
                 return result
@@ -81,10 +85,13 @@ class Steps:
 
 
 @contextlib.contextmanager
-def working_folder(target: Path, key: str) -> Iterator[tuple[Path, bool]]:
+def working_folder(
+    target: Path, key: str, warn: Callable[[str], None] = lambda message: None
+) -> Iterator[tuple[Path, bool]]:
     """The folder beside `target` in which it is made, and whether finished work of the same `key` is in it.
 
-    It outlives an interruption. Raises UsageError if another process works in it.
+    It outlives an interruption. `warn` is told before work of another key goes. Raises UsageError if another process
+    works in it.
     """
     folder = folder_beside(target)
     fsio.make_folder(folder)
@@ -93,6 +100,8 @@ def working_folder(target: Path, key: str) -> Iterator[tuple[Path, bool]]:
         mark = folder / KEY
         resumed = mark.is_file() and mark.read_text() == key
         if not resumed:
+            if any((folder / RECORDS).glob("*.json")):
+                warn(f"what is finished in {folder} was made of other weights, samples, options or versions: it goes")
             empty(folder)
             fsio.replace_bytes(mark, key.encode())
         for left_over in list(folder.rglob(f"*{fsio.PARTIAL}")):  # by a process that was killed

@@ -7,6 +7,7 @@ bundle's own activations are compared.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,19 +17,30 @@ import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vila_edge import architecture, kv_scales
-from vila_edge.bundle import EMBED_TOKENS_FILE, KV_SCALES_FILE
+from vila_edge.bundle import EMBED_TOKENS_FILE, GRAPHS, KV_SCALES_FILE
 from vila_edge.config import VilaConfig
+from vila_edge.engine.onnxruntime_session import DIALECT, OLDEST_INT8_CACHE
 from vila_edge.export.calibration import Sample, join
 from vila_edge.export.encoder import CheckpointEncoder, WatchingOps
 from vila_edge.export.gate import Difference, Gate, LogitDifference, check_answers, checked, rounded
 from vila_edge.export.head import Head
-from vila_edge.export.slices import SlicedGraph, decoder_inputs, decoder_slices, projector_slice, vision_slices
+from vila_edge.export.slices import (
+    SlicedGraph,
+    cached,
+    decoder_slices,
+    projector_slice,
+    run_head,
+    run_layer,
+    run_layer_in_two,
+    vision_slices,
+)
 from vila_edge.export.source import Source
 from vila_edge.export.states import read_states, write_states
 from vila_edge.export.steps import Relay, Result
-from vila_edge.export.storage import Storage
+from vila_edge.export.storage import Storage, layer_file
 from vila_edge.export.workers import Workers
 from vila_edge.prompt import Chunk
 from vila_edge.scales import merge_features, tower_input
@@ -38,6 +50,7 @@ from vila_edge.tokenizer import Tokenizer
 from vila_edge.visual import Looked, Visual, look
 
 POSITIONS = 64  # of each prompt, whose logits are compared
+INT8_DECODER = "decoder_int8"
 
 FloatArray = NDArray[np.float32]
 Report = dict[str, Any]
@@ -57,9 +70,14 @@ class Verification:
         gate: Gate,
         storage: Storage,
         pool: Workers,
+        sealed: bool = False,
     ) -> None:
+        """`sealed`: the bundle is finished, and no byte of it is written. Else its kv_scales are."""
         self.folder, self.cfg, self.tokenizer, self.source = folder, cfg, tokenizer, source
         self.samples, self.gate, self.storage, self.pool = samples, gate, storage, pool
+        self.sealed = sealed
+        graph, scales = folder / GRAPHS / DIALECT / f"{INT8_DECODER}.onnx", folder / KV_SCALES_FILE
+        self.int8_cache = has_int8_cache() and graph.is_file() and (scales.is_file() or not sealed)
 
     def report(self, relay: Relay, progress: Callable[[int, int], None]) -> Report:
         """All differences, layer by layer. Raises ParityError that names the component which is out of its limits."""
@@ -73,14 +91,15 @@ class Verification:
             "prompts": len(self.samples),
         }
         # Limits are applied to what was found, now or before an interruption: they may be others than they were.
-        for name, found in relay.run("images", self._images).items():
+        first = f"images.{self.storage.vision}.{onnxruntime.__version__}"
+        for name, found in relay.run(first, self._images).items():
             report[name] = checked(name, found, getattr(gate, name), gate)
         progress(1, steps)
         decoder = decoder_slices(self.folder, cfg)
         report["blocks"] = []
         largest: list[Any] = []  # keys and values, by layer
         for layer in range(layers):
-            found = relay.run(f"layers.{layer:03}", partial(self._layer, layer, decoder))
+            found = relay.run(f"layers.{layer:03}", partial(self._layer, layer, decoder, largest))
             largest.append(found.pop("largest_cached"))
             limit = gate.block_int4 if int4 else gate.block
             report["blocks"].append(checked(f"{architecture.LLM}.layers.{layer}", found, limit, gate))
@@ -88,7 +107,11 @@ class Verification:
         found = relay.run("lm_head", partial(self._lm_head, decoder), last=True)
         report["lm_head"] = checked("lm_head", found["lm_head"], gate.lm_head_int4 if int4_head else gate.lm_head, gate)
         report["llm"] = checked("llm", found["llm"], gate.llm_int4 if int4 else gate.llm, gate)
-        check_answers(report["llm"], gate)
+        check_answers("llm", report["llm"], gate, self.storage.lm_head)
+        if self.int8_cache:
+            name = "llm_int8_cache"
+            report[name] = checked(name, found[name], gate.llm_int8_cache, gate)
+            check_answers(name, report[name], dataclasses.replace(gate, top1_agreement=0.0), self.storage.lm_head)
         self._write_kv_scales(largest)
         progress(steps, steps)
         return report
@@ -112,7 +135,7 @@ class Verification:
             join(chunks, visuals, of_sample, cfg, self.tokenizer, table)
             for (chunks, visuals), of_sample in zip(read, own, strict=True)
         ]
-        self._write(after, [*theirs, *ours])
+        self._write(after, [*theirs, *ours, *(ours if self.int8_cache else ())])
         return report
 
     def _look(self, read: Sequence[Read], seen: Sequence[Sequence[Looked]]) -> tuple[list[list[FloatArray]], Report]:
@@ -139,58 +162,112 @@ class Verification:
             "mm_projector": projector_difference.report(),
         }
 
-    def _layer(self, layer: int, decoder: SlicedGraph, before: Path | None, after: Path | None) -> Result:
-        """A decoder block: what it makes of the reference's states, and both chains one block further."""
+    def _layer(
+        self, layer: int, decoder: SlicedGraph, known: Sequence[Any], before: Path | None, after: Path | None
+    ) -> Result:
+        """A decoder block: what it makes of the reference's states, and all chains one block further.
+
+        `known`: the largest keys and values of the layers before.
+        """
         assert before and after
-        piece = decoder.load(layer)
-        name = f"{architecture.LLM}.layers.{layer}"
-        block = self.source.layer(f"{name}.")
+        theirs, ours, ours_int8 = self._chains(before)
+        block = self.source.layer(f"{architecture.LLM}.layers.{layer}.")
 
         def reference(x: FloatArray) -> tuple[FloatArray, float, FloatArray]:
             ops = WatchingOps(block)
             y = architecture.decoder_layer(ops, torch.from_numpy(np.array(x))[None], layer, self.cfg.llm)
             return y[0].numpy(), ops.largest, ops.largest_cached(layer)
 
-        def bundle(x: FloatArray) -> FloatArray:
-            return piece.run(x[None], decoder_inputs(len(x), self.cfg))[0]
-
-        states = read_states(before)
-        theirs, ours = states[: len(self.samples)], states[len(self.samples) :]
-        want, largest, cached = zip(*self.pool.map(reference, theirs), strict=True)
-        difference = Difference()
-        for w, g in zip(want, self.pool.map(bundle, theirs), strict=True):
-            difference.add(w, g)
-        self._write(after, [*want, *self.pool.map(bundle, ours)])
-        return difference.report() | {
+        want, largest, keys_and_values = zip(*self.pool.map(reference, theirs), strict=True)
+        if self.storage.decoder == "int4":  # the search divides what norms and linears give out: that may be larger
+            block = self._stored_block(layer)
+            largest += tuple(seen for _, seen, _ in self.pool.map(reference, theirs))
+        block = {}
+        found = {
             "max_activation": rounded(float(np.max(largest))),
-            "largest_cached": np.nan_to_num(np.max(cached, 0)).tolist(),
+            "largest_cached": np.nan_to_num(np.max(keys_and_values, 0)).tolist(),
         }
+        difference, chains = self._bundle_layer(layer, decoder, theirs, want, ours)
+        if self.int8_cache:
+            self._write_kv_scales([*known, found["largest_cached"]])
+            chains += self._int8_layer(layer, ours_int8)
+        self._write(after, [*want, *chains])
+        return difference.report() | found
+
+    def _bundle_layer(
+        self,
+        layer: int,
+        decoder: SlicedGraph,
+        theirs: Sequence[FloatArray],
+        want: Sequence[FloatArray],
+        ours: Sequence[FloatArray],
+    ) -> tuple[Difference, list[FloatArray]]:
+        """How far a block of the bundle is off on the reference's states, and its own chain behind it."""
+        difference, piece = Difference(), decoder.load(layer)
+
+        def run(x: FloatArray) -> FloatArray:
+            return run_layer(piece, x, layer, self.cfg)
+
+        for w, g in zip(want, self.pool.map(run, theirs), strict=True):
+            difference.add(w, g)
+        return difference, list(self.pool.map(run, ours))
+
+    def _int8_layer(self, layer: int, states: Sequence[FloatArray]) -> list[FloatArray]:
+        """A block of the decoder with a kv_cache in 8 bits."""
+        decoder = decoder_slices(self.folder, self.cfg, INT8_DECODER)
+        piece = decoder.load(layer, [f"present_{name}" for name in cached(layer)])
+        return list(self.pool.map(lambda x: run_layer_in_two(piece, x, layer, self.cfg), states))
+
+    def _chains(self, path: Path) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
+        """The prompts' states: the reference's, the bundle's, and the bundle's with a kv_cache in 8 bits."""
+        states, count = read_states(path), len(self.samples)
+        return states[:count], states[count : 2 * count], states[2 * count :]
+
+    def _stored_block(self, layer: int) -> dict[str, Tensor]:
+        """A decoder block as the bundle has it, in float32."""
+        stored = StoredParameters([TensorFile(self.folder / layer_file(layer))])
+        names = [name for name in self.source.shapes if name.startswith(f"{architecture.LLM}.layers.{layer}.")]
+        return {name: torch.from_numpy(stored.float32(name, self.source.shapes[name])) for name in names}
 
     def _lm_head(self, decoder: SlicedGraph, before: Path | None, _: Path | None) -> Result:
         """The head on the reference's states, and the LLM's answers on the bundle's own."""
         assert before
         piece = decoder.load(len(decoder) - 1)
-        states = read_states(before)
         head = Head(self.source, self.cfg.llm, self.pool)
-        alone, answers = LogitDifference(), LogitDifference()
-        for theirs, ours in zip(states[: len(self.samples)], states[len(self.samples) :], strict=True):
-            kept = np.unique(np.linspace(0, len(theirs) - 1, POSITIONS).astype(np.int64))
-            want = head.logits(theirs[kept])
-            for difference, x in ((alone, theirs), (answers, ours)):
-                difference.add(want, piece.run(x[kept][None], decoder_inputs(len(kept), self.cfg))[0])
-        return {"lm_head": alone.report(), "llm": answers.report()}
+        names = ["lm_head", "llm", *(["llm_int8_cache"] if self.int8_cache else [])]
+        differences = [LogitDifference() for _ in names]
+        for of_sample in zip(*self._chains(before)[: len(names)], strict=True):
+            kept = np.unique(np.linspace(0, len(of_sample[0]) - 1, POSITIONS).astype(np.int64))
+            want = head.logits(of_sample[0][kept])
+            for difference, x in zip(differences, of_sample, strict=True):
+                difference.add(want, run_head(piece, x[kept]))
+        found = {name: difference.report() for name, difference in zip(names, differences, strict=True)}
+        found["lm_head"]["max_activation"] = rounded(head.largest)
+        return found
 
     def _write_kv_scales(self, largest: Sequence[Any]) -> None:
-        """What a kv_cache in 8 bits needs. `largest`: of each layer's keys and values, [2, H_kv, dim]."""
+        """What a kv_cache in 8 bits needs. `largest`: of each layer's keys and values, [2, H_kv, dim].
+
+        The layers that are still to come get a place.
+        """
+        if self.sealed:
+            return
+        llm = self.cfg.llm
+        missing = np.zeros((llm.num_hidden_layers - len(largest), 2, llm.num_key_value_heads, llm.head_dim))
         scales = {
             kv_scales.name(part, layer): kv_scales.from_largest(np.asarray(values, np.float32))
-            for layer, both in enumerate(largest)
+            for layer, both in enumerate([*largest, *missing])
             for part, values in zip(("key", "value"), both, strict=True)
         }
         write_tensors(self.folder / KV_SCALES_FILE, scales)
 
     def _write(self, path: Path, states: Sequence[FloatArray]) -> None:
         write_states(path, states, [len(x) for x in states], self.cfg.llm.hidden_size)
+
+
+def has_int8_cache() -> bool:
+    """Whether this onnxruntime runs decoders with a kv_cache in 8 bits."""
+    return tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= OLDEST_INT8_CACHE
 
 
 class _Table:

@@ -74,7 +74,7 @@ class TorchOps:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
         q, k, v = _split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)
-        return _merge(F.scaled_dot_product_attention(q, k, v))
+        return _merge(self.mix(q, k, v))
 
     def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, heads: Heads, rope: RopeConfig, layer: int) -> Tensor:
         q, k, v = _split(q, heads.query), _split(k, heads.key_value), _split(v, heads.key_value)
@@ -88,7 +88,11 @@ class TorchOps:
         self.kv_cache[layer] = (k, v)
         positions = torch.arange(total, device=q.device)
         visible = positions[past:, None] >= positions
-        return _merge(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True))
+        return _merge(self.mix(q, k, v, visible))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Values [B, H_kv, S, dim] as far as queries [B, H, S, dim] attend to them, in all positions or where `visible`."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=visible is not None)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
