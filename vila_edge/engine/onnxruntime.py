@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,10 +72,12 @@ class OnnxruntimeEngine:
         kv_cache: bindings.CacheType = "float32",
         device: Device = "cpu",
         parts: int | None = None,
+        profile: Path | None = None,
     ) -> None:
         """`kv_cache`: float32 or int8 on the CPU, float16 (with the decoder's activations) on the GPU.
 
-        `parts` of the decoder that are loaded side by side, by default as many as help.
+        `parts` of the decoder that are loaded side by side, by default as many as help; `profile`: a folder for
+        onnxruntime's profiles of them.
 
         Raises BundleError if a graph is missing or would read outside of the bundle, BackendError if one does not
         load, or if this onnxruntime has no CUDA.
@@ -94,10 +97,14 @@ class OnnxruntimeEngine:
             )
         self._vision_tower = load_graph(bundle, "vision_tower", self.threads, device)
         self._mm_projector = load_graph(bundle, "mm_projector", self.threads, device)
-        self._decoder = load_decoder(bundle, decoder, self.threads, device, parts)
+        self._decoder = load_decoder(bundle, decoder, self.threads, device, parts, profile)
         self._activations = next(b.dtype for b in bindings.decoder(self.cfg, kv_cache).inputs)
         self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE), keep_mapped=True)])
         self._giving_back = giving_back(device)
+
+    def end_profiles(self) -> list[Path]:
+        """The files of a decoder that was loaded with `profile`, complete from now on."""
+        return [Path(part.session.end_profiling()) for part in self._decoder]
 
     @property
     def backend(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,11 +76,16 @@ def load_graph(bundle: Bundle, graph: str, threads: int, device: Device = "cpu")
 
 
 def load_decoder(
-    bundle: Bundle, graph: str, threads: int, device: Device = "cpu", parts: int | None = None
+    bundle: Bundle,
+    graph: str,
+    threads: int,
+    device: Device = "cpu",
+    parts: int | None = None,
+    profile: Path | None = None,
 ) -> list[DecoderPart]:
     """A decoder of a bundle, in `parts` that are loaded side by side: by default as many as help.
 
-    Raises BundleError, BackendError.
+    `profile`: a folder for onnxruntime's profile of each part. Raises BundleError, BackendError.
     """
     data, weights, path = _read(bundle, graph)
     if parts is None:
@@ -88,7 +94,10 @@ def load_decoder(
     graphs = split_decoder(data, bundle.config.llm.num_hidden_layers, parts, path)
     with ThreadPoolExecutor(threads) as pool:
         shared = len(graphs) > 1
-        loads = [pool.submit(session, part, weights, path, threads, device=device, shared=shared) for part in graphs]
+        start = partial(
+            session, weights=weights, source=path, threads=threads, device=device, shared=shared, profile=profile
+        )
+        loads = [pool.submit(start, part) for part in graphs]
     loaded = [load.result() for load in loads]
     trim_heap()
     return _chained(loaded, path)
@@ -131,17 +140,21 @@ def session(
     arena: bool = True,
     device: Device = "cpu",
     shared: bool = False,
+    profile: Path | None = None,
 ) -> Any:
     """A serialised graph, loaded: onnxruntime is told the folder of the weights and opens no other path.
 
     Without an `arena` it gives back what it does not need, and is slower. `shared`: other sessions run right behind it
-    on the same cores, so that its threads must not wait there for more.
+    on the same cores, so that its threads must not wait there for more. `profile`: a folder for a file that tells
+    when each operator ran.
     Raises BackendError that names `source` if it does not load, or not on the `device`.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = arena
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile / "profile")
     options.add_session_config_entry("session.force_spinning_stop", "1" if shared else "0")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     try:
