@@ -23,9 +23,9 @@ from vila_edge.bundle import WEIGHTS, Bundle
 from vila_edge.config import ProjectorConfig, VilaConfig
 from vila_edge.engine.tensorrt_options import COMPONENTS, BuildOptions, KVForm, graph_bindings
 from vila_edge.errors import BackendError
-from vila_edge.export import tensorrt_ops, tensorrt_weights
+from vila_edge.export import tensorrt_weights
 from vila_edge.export.engines import write_files
-from vila_edge.export.tensorrt_ops import MAX_INITIALIZER, row_slices
+from vila_edge.export.graph_ops import GraphOps, row_slices
 from vila_edge.export.tensorrt_weights import CONVERTED, stage_weights
 from vila_edge.parameters import component, is_quantised, linears
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
@@ -125,17 +125,19 @@ def _declared(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ..
 
 def test_large_weights_are_cut_by_rows() -> None:
     """The head of an NVILA-8B: 1.09 GB in 16 bits, 545 MB in 8, 273 MB in 4."""
-    slices = row_slices(152_064, 2 * 3584)
+    limit = GraphOps.max_initializer
+    slices = row_slices(152_064, 2 * 3584, limit)
     assert [(part.start, part.stop) for part in slices] == [(0, 50_688), (50_688, 101_376), (101_376, 152_064)]
-    assert all((part.stop - part.start) * 2 * 3584 <= MAX_INITIALIZER for part in slices)
-    assert row_slices(152_064, 3584 / 2) == [slice(0, 152_064)]
+    assert all((part.stop - part.start) * 2 * 3584 <= limit == 512 << 20 for part in slices)
+    assert row_slices(152_064, 3584, limit) == [slice(0, 76_032), slice(76_032, 152_064)]
+    assert row_slices(152_064, 3584 / 2, limit) == [slice(0, 152_064)]
     assert row_slices(5, 10, limit=20) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert row_slices(1, 100, limit=20) == [slice(0, 1)]
 
 
 @pytest.mark.parametrize("storage", ["fp16", "int4", "int8"])
 def test_cut_weights_compute_the_same(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_ops, "row_slices", lambda rows, row_bytes: row_slices(rows, row_bytes, limit=1500))
+    monkeypatch.setattr(GraphOps, "max_initializer", 1500)
     bundle = handmade_bundle(TINY, stored_as(TINY, storage), tmp_path / "bundle")
     check(bundle, tmp_path / "graphs", "append")
     names = {

@@ -15,6 +15,9 @@ Dimension = int | str
 CacheType = Literal["float32", "float16", "int8"]  # of onnxruntime's kv_cache
 Activations = Literal["float32", "float16"]  # what a graph computes in
 
+# Bytes of one constant of a graph, and of one piece of a GPU's memory, at most: near its limit a device has no larger gap.
+MAX_ALLOCATION = 512 << 20
+
 
 @dataclass(frozen=True)
 class Binding:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -219,15 +219,14 @@ class Inspector:
             if not self._skipped(WEIGHTS):
                 check_external_data(data, self.path / WEIGHTS, path)
             tensors = {name: _by_offset(file) for name, file in self.weights.items()}
-            for place in external_data(data, path):
-                file = f"{WEIGHTS}/{place.location}"
-                begin, end, known = place.offset, place.offset + place.length, tensors.get(file, {})
-                used.add((file, begin))
-                while begin < end and begin in known:  # one tensor, or some behind each other
-                    used.add((file, begin))
-                    begin += known[begin].length
-                if file not in self.damaged and begin != end:
-                    problems.append(self._problem(graph, f"bytes {place.offset:,}..{end:,} of {file} are no tensor"))
+            places = {
+                (f"{WEIGHTS}/{place.location}", place.offset, place.length) for place in external_data(data, path)
+            }
+            for file, begin, end in _joined(places, tensors):
+                found = _whole_tensors(begin, end, tensors.get(file, {}))
+                used.update((file, offset) for offset in found or [begin])
+                if file not in self.damaged and not found:
+                    problems.append(self._problem(graph, f"bytes {begin:,}..{end:,} of {file} are no tensor"))
         except (InputError, OSError) as error:
             problems.append(Problem(graph, getattr(error, "message", f"{path}: {error}")))
         if not used and not problems:
@@ -256,6 +255,29 @@ class Inspector:
 
 def _by_offset(file: TensorFile) -> dict[int, TensorEntry]:
     return {entry.offset: entry for entry in file.entries.values() if entry.length}
+
+
+def _whole_tensors(begin: int, end: int, known: Mapping[int, TensorEntry]) -> list[int]:
+    """Where those begin that take exactly these bytes, one or some behind each other; none if it is not so."""
+    found = []
+    while begin < end and begin in known:
+        found.append(begin)
+        begin += known[begin].length
+    return found if begin == end else []
+
+
+def _joined(
+    places: Iterable[tuple[str, int, int]], tensors: Mapping[str, Mapping[int, TensorEntry]]
+) -> list[tuple[str, int, int]]:
+    """File, begin and end of each place that is read; slices of a tensor that lie behind each other are one."""
+    found, cut = list[tuple[str, int, int]](), list[tuple[str, int, int]]()
+    for file, begin, length in sorted(places):
+        whole = _whole_tensors(begin, begin + length, tensors.get(file, {}))
+        if not whole and cut and (cut[-1][0], cut[-1][2]) == (file, begin):
+            cut[-1] = (file, cut[-1][1], begin + length)
+        else:
+            (found if whole else cut).append((file, begin, begin + length))
+    return found + cut
 
 
 def _finite(file: TensorFile, tensor: str) -> bool:

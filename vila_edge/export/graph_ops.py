@@ -7,6 +7,7 @@ that all dialects share, standard operators of opset 21; a dialect overrides ver
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from vila_edge.bindings import Activations, Binding, GraphBindings
+from vila_edge.bindings import MAX_ALLOCATION, Activations, Binding, GraphBindings
 from vila_edge.config import Heads, RopeConfig, TokenOrder
 from vila_edge.parameters import Shape
 from vila_edge.tensorfile import TensorEntry
@@ -44,12 +45,20 @@ class StoredTensor:
     entry: TensorEntry
 
 
+def row_slices(rows: int, row_bytes: float, limit: int) -> list[slice]:
+    """Cut the rows of a weight into as few slices, nearly equal, as keep each of them within `limit` bytes."""
+    parts = max(1, math.ceil(rows * row_bytes / limit))
+    size = math.ceil(rows / parts)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
 class GraphOps:
     """Writes one graph. Weights are cast to the type of the activations where they are stored in another."""
 
     opset, ir_version = OPSET, IR_VERSION
     contrib_opsets: tuple[tuple[str, int], ...] = ()
     activations: Activations = "float32"
+    max_initializer = MAX_ALLOCATION  # a larger weight is several products, each of some of its rows
 
     def __init__(
         self, weights: Mapping[str, StoredTensor], bindings: GraphBindings, shapes: Mapping[str, Shape]
@@ -137,13 +146,31 @@ class GraphOps:
 
     def parameter(self, name: str, shape: tuple[int, ...] | None = None) -> str:
         """A tensor of the weights in the type of the activations."""
-        stored = self.stored(name, shape)
+        return self._in_activations(self.stored(name, shape), self.weights[name].entry.dtype)
+
+    def stored_rows(
+        self, name: str, part: slice, rows: int, row: Sequence[int] = (), data_type: int | None = None
+    ) -> str:
+        """Some of the `rows` of a stored tensor, each read as the shape `row` of a type; by default as it is stored."""
+        tensor, count = self.weights[name], part.stop - part.start
+        row_bytes = tensor.entry.length // rows
+        place = {"offset": tensor.entry.offset + part.start * row_bytes, "length": count * row_bytes}
+        piece = StoredTensor(tensor.location, dataclasses.replace(tensor.entry, **place))
+        label = name if count == rows else f"{name}/rows.{part.start}"
+        shape = (count, *(row or tensor.entry.shape[1:]))
+        return self.external(label, piece, data_type or _STORED_TYPES[tensor.entry.dtype], shape)
+
+    def parameter_rows(self, name: str, part: slice, rows: int) -> str:
+        """The same in the type of the activations."""
+        return self._in_activations(self.stored_rows(name, part, rows), self.weights[name].entry.dtype)
+
+    def _in_activations(self, stored: str, dtype: str) -> str:
         wanted = ONNX_TYPES[self.activations]
-        if _STORED_TYPES[self.weights[name].entry.dtype] == wanted:
+        if _STORED_TYPES[dtype] == wanted:
             return stored
-        cast = f"{name}/Cast"
+        cast = f"{stored}/Cast"
         if cast not in self.produced:
-            self.node("Cast", stored, name=name, to=wanted)
+            self.node("Cast", stored, name=stored, to=wanted)
         return cast
 
     def cast(self, x: str, dtype: str) -> str:
@@ -159,8 +186,13 @@ class GraphOps:
     # the verbs
 
     def linear(self, x: str, name: str, out: int, bias: bool = True) -> str:
-        weight = self.node("Transpose", self.parameter(f"{name}.weight"), name=name, perm=[1, 0])
-        return self._add_bias(self.node("MatMul", x, weight, name=name), name, bias)
+        stored = f"{name}.weight"
+        row_bytes = self.weights[stored].entry.shape[1] * np.dtype(self.activations).itemsize
+        parts = []
+        for part in row_slices(out, row_bytes, self.max_initializer):
+            weight = self.node("Transpose", self.parameter_rows(stored, part, out), name=name, perm=[1, 0])
+            parts.append(self.node("MatMul", x, weight, name=name))
+        return self._add_bias(self._side_by_side(parts, name), name, bias)
 
     def embedding(self, ids: str, name: str, rows: int, width: int) -> str:
         return self.node("Gather", self.parameter(f"{name}.weight"), ids, name=name)
@@ -233,6 +265,10 @@ class GraphOps:
         raise TypeError("how a kv_cache is kept is a dialect's own: use one of its subclasses")
 
     # pieces of verbs
+
+    def _side_by_side(self, parts: Sequence[str], name: str) -> str:
+        """The products of the slices of a weight as one."""
+        return parts[0] if len(parts) == 1 else self.node("Concat", *parts, name=name, axis=-1)
 
     def _add_bias(self, x: str, name: str, bias: bool) -> str:
         return self.node("Add", x, self.parameter(f"{name}.bias"), name=name) if bias else x

@@ -12,7 +12,7 @@ from typing import Any
 from vila_edge import bindings, kv_scales
 from vila_edge.bindings import GraphBindings
 from vila_edge.config import Heads, RopeConfig
-from vila_edge.export.graph_ops import GraphOps, StoredTensor
+from vila_edge.export.graph_ops import GraphOps, StoredTensor, row_slices
 from vila_edge.parameters import Shape, fused
 from vila_edge.tensorfile import TensorEntry
 
@@ -73,19 +73,25 @@ class OnnxruntimeOps(GraphOps):
             self._products[x, parts[0]] = y
 
     def _quantised_product(self, x: str, name: str, kind: str) -> str:
+        rows, row_bytes = self.weights[f"{name}.{kind}"].entry.shape
+        slices = row_slices(rows, row_bytes, self.max_initializer)
+        return self._side_by_side([self._product_of_rows(x, name, kind, part) for part in slices], name)
+
+    def _product_of_rows(self, x: str, name: str, kind: str, part: slice) -> str:
         qweight, bits = f"{name}.{kind}", KINDS[kind]
         rows, columns = self.shapes[f"{name}.weight"]
         row_bytes = self.weights[qweight].entry.shape[1]
         groups = self.weights[f"{name}.scales"].entry.shape[1]
-        inputs = [x, self.stored(qweight, (rows, groups, row_bytes // groups)), self.parameter(f"{name}.scales")]
+        inputs = [x, self.stored_rows(qweight, part, rows, (groups, row_bytes // groups))]
+        inputs.append(self.parameter_rows(f"{name}.scales", part, rows))
         if f"{name}.qzeros" in self.weights:  # without them zero lies in the middle
-            inputs.append(self.stored(f"{name}.qzeros"))
+            inputs.append(self.stored_rows(f"{name}.qzeros", part, rows))
         return self.node(
             "MatMulNBits",
             *inputs,
             name=name,
             domain=CONTRIB,
-            N=rows,
+            N=part.stop - part.start,
             K=columns,
             bits=bits,
             block_size=row_bytes // groups * 8 // bits,

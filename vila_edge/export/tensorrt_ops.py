@@ -6,7 +6,6 @@ Norms, softmax and rotary embeddings are computed in float32. How weights must b
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,28 +16,21 @@ from onnx import TensorProto, numpy_helper
 from vila_edge import bindings
 from vila_edge.bindings import Activations, GraphBindings
 from vila_edge.config import Heads, RopeConfig
-from vila_edge.export.graph_ops import GraphOps, StoredTensor
+from vila_edge.export.graph_ops import GraphOps, StoredTensor, row_slices
 from vila_edge.export.onnxruntime_ops import ROPE_COS, ROPE_SIN
 from vila_edge.parameters import Shape
-
-# Bytes of one constant of a graph, as TensorRT holds it. (TensorRT-RTX 1.7.1 joins the slices again in the engine,
-# because they are multiplied with the same input; what the parser and the layers handle stays small.)
-MAX_INITIALIZER = 512 << 20
 
 # A weight of 8 bits is the sum of two of 4 bits, its high and its low digit; these end the names of their linears.
 DIGITS = (".high", ".low")
 ZERO_TERMS = "zero_terms"  # [N, K/G]: what a block of inputs adds to each output for each unit of its sum
 
 
-def row_slices(rows: int, row_bytes: float, limit: int = MAX_INITIALIZER) -> list[slice]:
-    """Cut the rows of a weight into as few slices, nearly equal, as keep each of them within `limit` bytes."""
-    parts = max(1, math.ceil(rows * row_bytes / limit))
-    size = math.ceil(rows / parts)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
 class TensorrtOps(GraphOps):
-    """All verbs but the attention of the decoder, which is where the two forms of the kv_cache differ."""
+    """All verbs but the attention of the decoder, which is where the two forms of the kv_cache differ.
+
+    TensorRT-RTX 1.7.1 joins the slices of a large weight again in the engine, because they are multiplied with the
+    same input; what the parser and the layers handle stays small.
+    """
 
     activations: Activations = "float16"
 
@@ -55,14 +47,13 @@ class TensorrtOps(GraphOps):
         digits = [f"{name}{digit}" for digit in ("", *DIGITS) if f"{name}{digit}.qweight" in self.weights]
         row_bytes = columns / 2 if digits else columns * np.dtype(self.activations).itemsize
         parts = []
-        for part in row_slices(rows, row_bytes):
+        for part in row_slices(rows, row_bytes, self.max_initializer):
             if digits:
                 parts.append(self._quantised_product(x, name, digits, part))
             else:
-                weight = self._rows(f"{name}.weight", part, rows, TensorProto.FLOAT16, columns)
+                weight = self.stored_rows(f"{name}.weight", part, rows)
                 parts.append(self._product(x, weight, name))
-        y = parts[0] if len(parts) == 1 else self.node("Concat", *parts, name=name, axis=-1)
-        return self._add_bias(y, name, bias)
+        return self._add_bias(self._side_by_side(parts, name), name, bias)
 
     def patch_embedding(self, pixel_values: str, name: str, patch: int, width: int, bias: bool) -> str:
         return super().patch_embedding(self.cast(pixel_values, self.activations), name, patch, width, bias)
@@ -97,17 +88,6 @@ class TensorrtOps(GraphOps):
         """x [..., K] by a weight [N, K]."""
         return self.node("MatMul", x, self.node("Transpose", weight, name=name, perm=[1, 0]), name=name)
 
-    def _rows(self, name: str, part: slice, rows: int, data_type: int, columns: int) -> str:
-        """Some of the `rows` of a stored matrix, read as `columns` elements each."""
-        tensor = self.weights[name]
-        row_bytes = tensor.entry.length // rows
-        count = part.stop - part.start
-        entry = dataclasses.replace(
-            tensor.entry, offset=tensor.entry.offset + part.start * row_bytes, length=count * row_bytes
-        )
-        label = name if count == rows else f"{name}/rows.{part.start}"
-        return self.external(label, StoredTensor(tensor.location, entry), data_type, (count, columns))
-
     def _quantised_product(self, x: str, name: str, digits: Sequence[str], part: slice) -> str:
         """x by some rows of a weight of 4 bits around zero, or by the sum of two of them, and the zero points' share."""
         rows, columns = self.shapes[f"{name}.weight"]
@@ -118,15 +98,15 @@ class TensorrtOps(GraphOps):
         for digit in digits:
             weight = self.node(
                 "DequantizeLinear",
-                self._rows(f"{digit}.qweight", part, rows, TensorProto.INT4, width),
-                self._rows(f"{digit}.scales", part, rows, TensorProto.FLOAT16, groups),
+                self.stored_rows(f"{digit}.qweight", part, rows, (width,), TensorProto.INT4),
+                self.stored_rows(f"{digit}.scales", part, rows),
                 name=digit,
                 axis=1,
                 block_size=width // groups,
             )
             terms.append(self._product(x, weight, digit))
         if f"{name}.{ZERO_TERMS}" in self.weights:
-            zero_terms = self._rows(f"{name}.{ZERO_TERMS}", part, rows, TensorProto.FLOAT16, groups)
+            zero_terms = self.stored_rows(f"{name}.{ZERO_TERMS}", part, rows)
             terms.append(
                 self._product(self._block_sums(x, groups, width // groups), zero_terms, f"{name}.{ZERO_TERMS}")
             )
