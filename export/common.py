@@ -22,8 +22,8 @@ from vila_edge.config import LlmConfig
 from vila_edge.cores import usable_cores
 from vila_edge.errors import UsageError, VilaEdgeError
 from vila_edge.export.awq import Params, States, quantise_block
-from vila_edge.export.built_in_samples import built_in
-from vila_edge.export.calibration import CalibrationSet, Sample, choose, embed, read_samples
+from vila_edge.export.built_in_samples import calibration_set
+from vila_edge.export.calibration import CalibrationSet, Sample, choose, embed
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.encoder import CheckpointEncoder
 from vila_edge.export.grid import Grid
@@ -77,7 +77,7 @@ def threads_or_all(threads: int) -> int:
 
 
 def samples_of(recipe: Recipe) -> CalibrationSet:
-    return read_samples(recipe.calibration) if recipe.calibration else built_in()
+    return calibration_set(recipe.calibration)
 
 
 def searched(recipe: Recipe, samples: CalibrationSet, checkpoint: Checkpoint) -> list[Sample]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from tests.tiny import TINY, random_parameters
 from vila_edge.errors import InputError
 from vila_edge.export import calibration
-from vila_edge.export.built_in_samples import built_in
+from vila_edge.export.built_in_samples import built_in, calibration_set
 from vila_edge.export.calibration import Sample, choose, embed, read_samples, too_few, write_samples
 from vila_edge.reference.torch_engine import numpy_parameters_engine
 from vila_edge.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ def test_the_built_in_samples_have_text_and_images(tokenizer: Tokenizer) -> None
     samples = built_in()
     kinds = [len(sample.images) for sample in samples.search]
     assert {0, 1, 2} <= set(kinds)
-    assert {len(sample.images) for sample in samples.held_out} >= {1, 2}
+    assert {len(sample.images) for sample in samples.held_out} == {0, 1, 2}
     engine = numpy_parameters_engine(TINY, random_parameters(TINY))
     sequences = [embed(sample, TINY, tokenizer, engine) for sample in samples.search]
     assert all(1 < len(x) <= TINY.llm.context_length and x.shape[1] == 64 for x in sequences)
@@ -33,13 +34,53 @@ def test_the_built_in_samples_have_text_and_images(tokenizer: Tokenizer) -> None
     assert [sample.positions(tokenizer, TINY) for sample in samples.search] == [len(x) for x in sequences]
 
 
-def test_of_a_long_sample_the_end_is_taken(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_long_sample_the_beginning_is_taken(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence without its bos, or from the middle of an image on, is none that the model was trained on."""
     engine = numpy_parameters_engine(TINY, random_parameters(TINY))
     (sample, *_) = built_in().search
     whole = embed(sample, TINY, tokenizer, engine)
     monkeypatch.setattr(calibration, "SAMPLE_TOKENS", 20)
-    np.testing.assert_array_equal(embed(sample, TINY, tokenizer, engine), whole[-20:])
+    np.testing.assert_array_equal(embed(sample, TINY, tokenizer, engine), whole[:20])
     assert sample.positions(tokenizer, TINY) == 20
+
+
+def test_an_image_longer_than_a_sample_is_read_whole(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = next(sample for sample in built_in().search if len(sample.images) == 1)
+    _, (visual,) = sample.read(tokenizer, TINY)
+    monkeypatch.setattr(calibration, "SAMPLE_TOKENS", 8)
+    assert sample.positions(tokenizer, TINY) == visual.tokens + 2
+
+
+def kinds(samples: Sequence[Sample]) -> str:
+    return "".join("i" if sample.images else "t" for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("order", "searched", "held_out"),
+    [
+        ("titititititititi", "titititititi", "titi"),
+        ("iiitiiitiiitiiit", "iiitiitiitii", "iiit"),  # every fourth is a text
+        ("tttttttt", "tttttt", "tt"),
+        ("ttttti", "tttti", "t"),
+        ("ttii", "ti", "ti"),
+        ("t" * 80 + "i" * 80, "t" * 60 + "i" * 60, "ttttiiii"),
+        ("t" * 80 + "i" * 4, "t" * 60 + "i" * 3, "ttttttti"),
+    ],
+)
+def test_texts_and_images_are_held_out_alike(order: str, searched: str, held_out: str) -> None:
+    samples = [Sample(text=str(i), images=(picture(i),) if kind == "i" else ()) for i, kind in enumerate(order)]
+    found = calibration.split(samples, "some")
+    assert (kinds(found.search), kinds(found.held_out)) == (searched, held_out)
+    assert not {sample.text for sample in found.search} & {sample.text for sample in found.held_out}
+
+
+def test_what_is_measured_has_images_though_the_samples_have_none(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"text": "line {i}"}}\n' for i in range(8)))
+    found = calibration_set(tmp_path)
+    assert kinds(found.held_out) == "ttiii"
+    assert kinds(found.search) == "tttttt"
+    assert found.sha256 == read_samples(tmp_path).sha256
+    assert calibration_set(None).held_out == built_in().held_out
 
 
 def test_as_many_samples_are_chosen_as_there_is_room_for(tokenizer: Tokenizer) -> None:
@@ -49,7 +90,8 @@ def test_as_many_samples_are_chosen_as_there_is_room_for(tokenizer: Tokenizer) -
     assert 300 < sum(sample.positions(tokenizer, TINY) for sample in some) <= 600
     assert {bool(sample.images) for sample in some} == {True, False}  # a mixture
     assert some == [sample for sample in samples if sample in some]  # in order
-    assert len(choose(samples, TINY, tokenizer, 1)) == 1
+    few = choose(samples, TINY, tokenizer, 1)
+    assert sorted(bool(sample.images) for sample in few) == [False, True]  # one of each kind, whatever it takes
 
 
 def test_a_changed_image_is_another_calibration(tmp_path: Path) -> None:

@@ -63,6 +63,13 @@ def test_activations_that_sixteen_bits_cannot_hold_are_caught(
     assert not (tmp_path / "b").exists()
 
 
+def test_a_tower_is_measured_though_the_samples_are_texts(checkpoint_copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"text": "line {i}"}}\n' for i in range(8)))
+    scale(checkpoint_copy, "vision_tower", "vision_model.encoder.layers.0.mlp.fc1.weight", 9e4)
+    with pytest.raises(ParityError, match=r"^vision_tower: activations reach .*, above 65504"):
+        export_bundle(checkpoint_copy, tmp_path / "b", Recipe("fp16", calibration=tmp_path), quiet)
+
+
 LAYER = "model.layers.1"
 PLANTS = {
     "scores": ("llm.model.layers.1", {f"{LAYER}.self_attn.{part}_proj.weight": 400.0 for part in "qk"}),

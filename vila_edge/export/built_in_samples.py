@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vila_edge.export.calibration import CalibrationSet, Sample, split
+from vila_edge.export.calibration import CalibrationSet, Sample, read_samples, split
 from vila_edge.media.image import ImageSource
 from vila_edge.prompt import Turn
+
+
+def calibration_set(folder: Path | None) -> CalibrationSet:
+    """A user's samples, or the built-in ones. What is measured has images in any case: tower and projector are measured."""
+    if not folder:
+        return built_in()
+    samples = read_samples(folder)
+    if any(sample.images for sample in samples.held_out):
+        return samples
+    drawn = [sample for sample in built_in().held_out if sample.images]
+    return dataclasses.replace(samples, held_out=[*samples.held_out, *drawn])
 
 
 def built_in() -> CalibrationSet:
@@ -24,7 +38,7 @@ def _drawn(seed: int) -> tuple[str, str, tuple[ImageSource, ...]]:
     """One or two images of coloured shapes on a shaded ground, a question and its answer."""
     rng = np.random.default_rng(seed)
     shapes, images = [], []
-    for _ in range(1 + seed // 2 % 2):
+    for _ in range(1 + seed // 4 % 2):
         shade = np.linspace(rng.integers(0, 128), rng.integers(128, 256), 224).astype(np.uint8)
         canvas = Image.fromarray(np.repeat(np.tile(shade, (224, 1))[..., None], 3, 2))
         colour, shape = rng.choice(list(_COLOURS)), rng.choice(["circle", "square", "triangle"])

@@ -40,7 +40,7 @@ from vila_edge.visual import Visual, look, plan, slot_embeds, splice
 
 SAMPLES = "samples.jsonl"
 SAMPLES_LIMIT = 64 << 20
-HELD_OUT = 4  # every fourth sample is kept back, to measure the export with
+HELD_OUT = 4  # every fourth sample of a kind is kept back, to measure the export with
 MEASURED = 8  # of those, at most
 ENOUGH = 512  # positions to search with
 SAMPLE_TOKENS = 1024  # positions of a sample that are calibrated on
@@ -70,7 +70,7 @@ class Sample:
         """How many positions of a sequence `embed` makes of it."""
         chunks, visuals = self.read(tokenizer, cfg)
         texts = sum(len(chunk.ids) for chunk in chunks if isinstance(chunk, TextChunk))
-        return min(texts + sum(visual.tokens for visual in visuals), max_positions(cfg))
+        return min(texts + sum(visual.tokens for visual in visuals), max_positions(visuals, cfg))
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,19 @@ class CalibrationSet:
 
 
 def split(samples: Sequence[Sample], description: str, sha256: str = "") -> CalibrationSet:
-    """Raises InputError if there are too few samples to keep any back."""
+    """Of texts and of samples with images every fourth is kept back, of fewer the last, of one none.
+
+    Raises InputError if there are too few samples to keep any back.
+    """
     if len(samples) < HELD_OUT:
         raise InputError(f"{description}: {len(samples)} samples, expected at least {HELD_OUT}")
-    held_out = samples[HELD_OUT - 1 :: HELD_OUT]
-    search = [sample for i, sample in enumerate(samples) if i % HELD_OUT != HELD_OUT - 1]
-    return CalibrationSet(search, held_out[:MEASURED], description, sha256)
+    texts, seen = ([i for i, sample in enumerate(samples) if bool(sample.images) == kind] for kind in (False, True))
+    kept = [kind[HELD_OUT - 1 :: HELD_OUT] or kind[1:][-1:] for kind in (texts, seen)]
+    half = MEASURED // 2
+    measured = [kind[: max(half, MEASURED - len(other))] for kind, other in (kept, kept[::-1])]
+    held_out = [samples[i] for i in sorted(i for kind in measured for i in kind)]
+    search = [sample for i, sample in enumerate(samples) if not any(i in kind for kind in kept)]
+    return CalibrationSet(search, held_out, description, sha256)
 
 
 def read_samples(folder: Path) -> CalibrationSet:
@@ -121,19 +128,22 @@ def write_samples(folder: Path, samples: Sequence[tuple[str, str, Sequence[Image
 
 
 def choose(samples: Sequence[Sample], cfg: VilaConfig, tokenizer: Tokenizer, max_tokens: int) -> list[Sample]:
-    """As many of the samples as `max_tokens` positions hold, at least one; if not all, a mixture of them."""
+    """As many of the samples as `max_tokens` positions hold, a mixture; a text and one with images in any case."""
     lengths = [sample.positions(tokenizer, cfg) for sample in samples]
-    order = range(len(samples)) if sum(lengths) <= max_tokens else np.random.default_rng(0).permutation(len(samples))
-    chosen, total = set[int](), 0
-    for i in map(int, order):
-        if not chosen or total + lengths[i] <= max_tokens:
+    if sum(lengths) <= max_tokens:
+        return [*samples]
+    order = [int(i) for i in np.random.default_rng(0).permutation(len(samples))]
+    chosen = {*{bool(samples[i].images): i for i in reversed(order)}.values()}  # the first of each kind
+    total = sum(lengths[i] for i in chosen)
+    for i in order:
+        if i not in chosen and total + lengths[i] <= max_tokens:
             chosen.add(i)
             total += lengths[i]
     return [samples[i] for i in sorted(chosen)]
 
 
 def embed(sample: Sample, cfg: VilaConfig, tokenizer: Tokenizer, encoder: Encoder) -> NDArray[np.float32]:
-    """What the decoder sees of one sample [S, D]; of a long one, its end."""
+    """What the decoder sees of one sample [S, D]; of a long one, its beginning."""
     chunks, visuals = sample.read(tokenizer, cfg)
     image_embeds = [look(visual, encoder, cfg).image_embeds for visual in visuals]
     return join(chunks, visuals, image_embeds, cfg, tokenizer, encoder)
@@ -150,12 +160,13 @@ def join(
     """The same, of a sample that was read and whose images were looked at."""
     end = embedder.embed_tokens(tokenizer.encode(cfg.profile.image_end) if cfg.profile.image_end else ())
     slots = [slot for pair in zip(visuals, image_embeds, strict=True) for slot in slot_embeds(*pair, cfg, end)]
-    return splice(chunks, slots, embedder)[-max_positions(cfg) :]
+    return splice(chunks, slots, embedder)[: max_positions(visuals, cfg)]
 
 
-def max_positions(cfg: VilaConfig) -> int:
-    """How long a sample may be."""
-    return min(SAMPLE_TOKENS, cfg.llm.context_length)
+def max_positions(visuals: Sequence[Visual], cfg: VilaConfig) -> int:
+    """How much of a sample is read. A first image of many tiles is read whole, with some text behind it."""
+    first = visuals[0].tokens if visuals else 0
+    return min(max(SAMPLE_TOKENS, first + SAMPLE_TOKENS // 4), cfg.llm.context_length)
 
 
 def too_few(samples: Sequence[Sample], cfg: VilaConfig, tokenizer: Tokenizer) -> str:

@@ -21,8 +21,8 @@ from vila_edge import architecture, fsio
 from vila_edge.bundle import EMBED_TOKENS_FILE, FORMAT_VERSION, TOKENIZER, WEIGHTS, write_manifest
 from vila_edge.errors import VilaEdgeError
 from vila_edge.export.awq import quantise_block
-from vila_edge.export.built_in_samples import built_in
-from vila_edge.export.calibration import choose, embed, read_samples
+from vila_edge.export.built_in_samples import calibration_set
+from vila_edge.export.calibration import choose, embed
 from vila_edge.export.checkpoint import Checkpoint
 from vila_edge.export.encoder import CheckpointEncoder
 from vila_edge.export.gate import GateError, OverflowGateError
@@ -67,7 +67,7 @@ class Export:
         recipe.check(self.cfg, self.packed)
         self.tokenizer = self.checkpoint.tokenizer()
         self.tokenizer.check_rows(self.cfg.llm.vocab_size)
-        self.samples = read_samples(recipe.calibration) if recipe.calibration else built_in()
+        self.samples = calibration_set(recipe.calibration)
         self.search = choose(self.samples.search, self.cfg, self.tokenizer, recipe.calibration_tokens)
         self.source = Source(self.checkpoint)
         self.pulled = self._pulled_from()
