@@ -144,9 +144,25 @@ def test_an_arena_is_one_allocation_with_aligned_pieces() -> None:
     assert isinstance(device, FakeDevice)
     arena = Arena(device, {"a": 1, "b": 0, "c": 300, "d": 4})
     assert device.calls["alloc"] == 1
-    assert [arena[name] - arena.address for name in "abcd"] == [0, 256, 512, 1024]
-    assert arena.nbytes == 1280 and arena.address % ALIGNMENT == 0
+    assert [arena[name] - arena["a"] for name in "abcd"] == [0, 256, 512, 1024]
+    assert device.used == 1280 and arena["a"] % ALIGNMENT == 0
     arena.free()
+    assert device.used == 0
+
+
+def test_an_arena_is_several_allocations_where_one_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Arena, "limit", 768)
+    device = FakeDevice(total=3000)
+    stream = device.stream()
+    arena = Arena(device, {"a": 512, "b": 256, "c": 512, "d": 1000, "e": 256})
+    assert [buffer.nbytes for buffer in device.buffers.values()] == [768, 512, 1024, 256]
+    arena.clear(stream)
+    stream.synchronize()
+    for name, size in {"a": 512, "b": 256, "c": 512, "d": 1000, "e": 256}.items():
+        assert (device.view(arena[name], size) == 0).all()
+    arena.free()
+    with pytest.raises(BackendError, match="no room for"):
+        Arena(device, dict.fromkeys("abcd", 768))
     assert device.used == 0
 
 

@@ -19,6 +19,7 @@ from tests.fake_tensorrt import make_module, plan
 from tests.tensorrt_engines import CHUNK, CONTEXT, KINDS, Built, build_fakes
 from tests.tensorrt_graphs import GraphRunner
 from tests.tiny import TINY
+from vila_edge.engine.cuda.device import Arena
 from vila_edge.engine.engine_cache import EngineCache
 from vila_edge.engine.protocol import Engine
 from vila_edge.engine.tensorrt import TensorrtEngine
@@ -176,6 +177,22 @@ def test_a_new_cache_takes_the_memory_of_one_that_is_gone(use: Open, built: Buil
     assert device.used > used
     for cache in (second, first):
         close(engine.forward(embeds, cache), oracle.forward(embeds, oracle.new_cache(21)))
+
+
+def test_no_allocation_of_a_kv_cache_passes_the_limit(
+    use: Open, built: Built, device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 MiB for a real one: the cache of VILA1.5-3B has 1.34 GB at 4096 positions."""
+    engine, oracle = use(built), built.oracle
+    before = set(device.buffers)
+    llm = built.bundle.config.llm
+    two_pieces = 2 * CONTEXT * llm.num_key_value_heads * llm.head_dim * 2
+    monkeypatch.setattr(Arena, "limit", two_pieces)
+    caches = [engine.new_cache(CONTEXT) for _ in range(2)]  # the first takes the slot that is there
+    sizes = [buffer.nbytes for address, buffer in device.buffers.items() if address not in before]
+    assert sizes == [two_pieces] * llm.num_hidden_layers
+    embeds = oracle.embed_tokens(IDS)
+    close(engine.forward(embeds, caches[1]), oracle.forward(embeds, oracle.new_cache(21)))
 
 
 def test_closing_gives_all_memory_back(use: Open, built: Built, device: FakeDevice) -> None:

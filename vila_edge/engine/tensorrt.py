@@ -74,12 +74,12 @@ class TensorrtEngine:
             scratch = Arena(device, {"scratch": max(engine.scratch_bytes for engine in loaded.values())})
             resources.callback(scratch.free)
             self._vision_tower, self._mm_projector = (
-                Component(loaded[name], layouts[name], self.options.images, stream, scratch.address, resources)
+                Component(loaded[name], layouts[name], self.options.images, stream, scratch["scratch"], resources)
                 for name in ("vision_tower", "mm_projector")
             )
             with device.current():
                 self._decoder = Decoder(
-                    loaded["decoder"], layouts["decoder"], self.options, stream, scratch.address, resources
+                    loaded["decoder"], layouts["decoder"], self.options, stream, scratch["scratch"], resources
                 )
             resources.callback(stream.synchronize)
             self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE), keep_mapped=True)])

@@ -93,7 +93,7 @@ class Decoder:
             )
         slot = self._idle.pop() if self._idle else self._new_slot()
         # What is masked is multiplied with 0 all the same, so it must not be infinite.
-        self._device.memset(slot.memory.address, 0, slot.memory.nbytes, self._stream)
+        slot.memory.clear(self._stream)
         cache = TensorrtCache(slot, capacity)
         weakref.finalize(cache, self._idle.append, slot).atexit = False
         return cache

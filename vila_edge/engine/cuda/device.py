@@ -6,6 +6,7 @@ until `synchronize`, or, in a captured graph, hold what the graph is to find the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from vila_edge.bindings import MAX_ALLOCATION
 
 ALIGNMENT = 256  # bytes: TensorRT takes tensors and scratch memory only at multiples of it
 
@@ -115,24 +118,43 @@ class Device(Protocol):
 
 
 class Arena:
-    """One allocation, cut into named pieces that are aligned for TensorRT."""
+    """Named pieces that are aligned for TensorRT, in as few allocations as keep each within `limit`.
+
+    A piece that is larger has one of its own.
+    """
+
+    limit = MAX_ALLOCATION
 
     def __init__(self, device: Device, sizes: Mapping[str, int]) -> None:
         """`sizes` in bytes. Raises BackendError if the device has not as much memory."""
-        offsets, self.nbytes = dict[str, int](), 0
+        self._device, self._buffers, self._addresses = device, list[Buffer](), dict[str, int]()
+        groups: list[dict[str, int]] = [{}]
         for name, size in sizes.items():
-            offsets[name] = self.nbytes
-            self.nbytes += -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
-        self._buffer = device.alloc(self.nbytes)
-        self.address = self._buffer.address
-        self._addresses = {name: self.address + offset for name, offset in offsets.items()}
+            aligned = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
+            if groups[-1] and sum(groups[-1].values()) + aligned > self.limit:
+                groups.append({})
+            groups[-1][name] = aligned
+        try:
+            for group in groups:
+                self._buffers.append(device.alloc(sum(group.values())))
+                starts = itertools.accumulate(group.values(), initial=self._buffers[-1].address)
+                self._addresses.update(zip(group, starts, strict=False))
+        except BaseException:
+            self.free()
+            raise
 
     def __getitem__(self, name: str) -> int:
         """The address of a piece."""
         return self._addresses[name]
 
+    def clear(self, stream: Stream) -> None:
+        """Set every byte to 0."""
+        for buffer in self._buffers:
+            self._device.memset(buffer.address, 0, buffer.nbytes, stream)
+
     def free(self) -> None:
-        self._buffer.free()
+        for buffer in self._buffers:
+            buffer.free()
 
 
 class Staging:
