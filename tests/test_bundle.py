@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.closed import close_folder
 from vila_edge import fsio
 from vila_edge.bundle import MANIFEST, Bundle
 from vila_edge.errors import BundleError
@@ -185,3 +186,12 @@ def test_what_a_runtime_executes_is_checked_before(bundle_copy: Path, name: str)
     with pytest.raises(BundleError, match="changed since the export"), Bundle.checked_meanwhile(bundle_copy):
         entered = True
     assert not entered
+
+
+@pytest.mark.parametrize("folder", [".", "weights"])
+def test_a_folder_that_may_not_be_entered_is_named(
+    folder: str, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close_folder(bundle_copy / folder, monkeypatch)
+    with pytest.raises(BundleError, match="bundle.*: (Permission denied|has no manifest)"):
+        Bundle.open(bundle_copy)

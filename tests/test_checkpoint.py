@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from tests.closed import close_folder
 from tests.tiny import TINY, random_parameters
 from vila_edge.config import Profile, VilaConfig
 from vila_edge.errors import CheckpointError, ConfigError, InputError
@@ -207,6 +209,41 @@ def test_a_tokenizer_that_is_no_text(checkpoint_copy: Path) -> None:
     (checkpoint_copy / "llm" / "tokenizer.json").write_bytes(b'{"version": "\xff"}')
     with pytest.raises(InputError, match="tokenizer.json: not UTF-8 text: invalid start byte at byte 13"):
         Checkpoint(checkpoint_copy)
+
+
+def test_a_part_that_may_not_be_entered_is_named(checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close_folder(checkpoint_copy / "llm", monkeypatch)
+    with pytest.raises(CheckpointError, match=r"llm/.*: (Permission denied|missing)"):
+        Checkpoint(checkpoint_copy)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_a_json_that_cannot_be_read_is_named(kind: str, checkpoint_copy: Path) -> None:
+    path = checkpoint_copy / "llm" / "notes.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match=r"llm/notes.json: .*, expected a part of the checkpoint that can be"):
+        Checkpoint(checkpoint_copy).sha256()
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(
+    checkpoint_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def denied(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(CheckpointError, match=r"model.safetensors: Permission denied") as error:
+        Checkpoint(checkpoint_copy)
+    assert error.value.hint.startswith("chmod u+r ")
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:

@@ -149,7 +149,13 @@ def _digest(plain: Mapping[str, Any]) -> str:
 
 def read_manifest(folder: Path) -> Manifest:
     """What a bundle says of itself; its files are not looked at. Raises BundleError."""
-    path = folder / MANIFEST
+    try:
+        return _read_manifest(folder, folder / MANIFEST)
+    except OSError as error:
+        raise _cannot_read(folder, error) from None
+
+
+def _read_manifest(folder: Path, path: Path) -> Manifest:
     if not folder.is_dir():
         raise BundleError(
             f"{folder}: no such directory, expected a bundle", "make one: vila-edge export CHECKPOINT -o BUNDLE"
@@ -212,8 +218,19 @@ def _changed(folder: Path, entries: Mapping[str, FileEntry]) -> Iterator[tuple[s
                 yield name, BundleError(f"{folder / name}: changed since the export (sha256 differs)", _COPY_AGAIN)
 
 
+def _cannot_read(path: Path, error: OSError) -> BundleError:
+    return BundleError(f"{path}: {error.strerror or error}", "make it readable: chmod -R u+rX BUNDLE")
+
+
 def _kind_problem(folder: Path, name: str, entry: FileEntry) -> BundleError | None:
     """What is wrong with a file before it is read."""
+    try:
+        return _wrong_kind(folder, name, entry)
+    except OSError as error:
+        return _cannot_read(folder / name, error)
+
+
+def _wrong_kind(folder: Path, name: str, entry: FileEntry) -> BundleError | None:
     path = folder / name
     if not _NAME.fullmatch(name):
         return BundleError(f"{folder / MANIFEST}: {name!r} is not the name of a bundle's file", _EXPORT_AGAIN)
@@ -231,8 +248,13 @@ def _sha256(path: Path) -> str | BundleError:
     try:
         return fsio.sha256(path)
     except OSError as error:
-        return BundleError(f"{path}: {error.strerror or error}", _COPY_AGAIN)
+        return _cannot_read(path, error)
 
 
 def _walk(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
+    """All that is in a folder but folders; nothing of those that may not be read."""
+    found = list[Path]()
+    for above, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(above, name).is_symlink()]
+        found += [Path(above, name) for name in (*files, *links)]
+    return sorted(path.relative_to(folder).as_posix() for path in found)

@@ -60,13 +60,15 @@ class TensorFile:
         if keep_mapped:
             self._mapped = {}
         try:
-            with safe_open(path, framework="numpy"):  # the library checks the header against the file
-                pass
             with path.open("rb") as file:
+                with safe_open(path, framework="numpy"):  # the library checks the header against the file
+                    pass
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
+        except PermissionError as error:  # for which the library has no word of its own
+            raise InputError(f"{path}: {error.strerror}", f"chmod u+r {path}") from None
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a whole safetensors file: {error}") from None
         header.pop("__metadata__", None)

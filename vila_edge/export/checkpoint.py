@@ -42,10 +42,16 @@ class Checkpoint:
         Raises CheckpointError or ConfigError that names the file.
         """
         self.path = Path(path)
-        self.files = open_files(self.path, choices.vision_tower if choices else None)
+        try:
+            self._open(choices or Choices())
+        except OSError as error:  # of a folder that may not be entered, for one
+            raise _cannot_read(Path(error.filename or self.path), error) from None
+
+    def _open(self, choices: Choices) -> None:
+        self.files = open_files(self.path, choices.vision_tower)
         self.tokenizer_json, config = _tokenizer(self.files)
         tokenizer = Tokenizer(self.tokenizer_json, str(self.files.tokenizer / "tokenizer.json"), config)
-        profile, warnings = detect(self.files, tokenizer, _eos_tokens(self.files, tokenizer), choices or Choices())
+        profile, warnings = detect(self.files, tokenizer, _eos_tokens(self.files, tokenizer), choices)
         self.warnings = [*self.files.warnings, *warnings]
         self.config = read_config(self.files, profile, config)
         self.tokenizer_json = _protect(self.tokenizer_json, self.config)
@@ -103,7 +109,7 @@ class Checkpoint:
         return {name: self.parameter(name) for name in parameter_shapes(self.config)}
 
     def sha256(self) -> str:
-        """Digest of what an export reads: configs, tokenizer and parameters."""
+        """Digest of what an export reads: configs, tokenizer and parameters. Raises CheckpointError."""
         digest, root = hashlib.sha256(), self.path.resolve()
         named = {}
         for path in self.files.paths:
@@ -111,7 +117,11 @@ class Checkpoint:
             inside = place.is_relative_to(root)
             named[(place.relative_to(root) if inside else Path("vision_tower") / path.name).as_posix()] = path
         for name in sorted(named):
-            digest.update(f"{name} {fsio.sha256(named[name].resolve())}\n".encode())
+            try:
+                found = fsio.sha256(named[name].resolve())
+            except OSError as error:
+                raise _cannot_read(named[name], error) from None
+            digest.update(f"{name} {found}\n".encode())
         return digest.hexdigest()
 
     def _check_tensors(self) -> None:
@@ -176,6 +186,13 @@ class Checkpoint:
             return compute(packing, name, {part.name: part.file.array(part.name) for part in parts})
         except CheckpointError as error:
             raise CheckpointError(f"{parts[0].file.path}: {error.message}", error.hint) from None
+
+
+def _cannot_read(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {error.strerror or error}, expected a part of the checkpoint that can be read",
+        "copy the checkpoint again, or make it readable: chmod -R u+rX CHECKPOINT",
+    )
 
 
 def _tokenizer(files: Files) -> tuple[str, TokenizerConfig]:
