@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typer.testing import CliRunner
 
 from tests.families import FAMILIES, shrink, write_checkpoint
 from tests.packed import pack_checkpoint
+from tests.tiny import TINY
 from vila_edge.bundle import Bundle
 from vila_edge.cli import app
 from vila_edge.errors import UsageError
-from vila_edge.export.awq_formats import unpack_gemm
+from vila_edge.export.awq_formats import Packed, unpack_gemm
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.run import export_autoawq, export_bundle
 from vila_edge.stored import StoredParameters
@@ -49,6 +51,21 @@ def test_integers_are_taken_over_as_they_are(fmt: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.zeros, want.zeros)
         np.testing.assert_array_equal(got.scales, want.scales)
     assert bundle.manifest.parity["llm"]["mean_cosine"] > 0.99
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        (Recipe(group_size=16), "-g 16"),
+        (Recipe(symmetric=True, method="rtn"), "--symmetric, --method rtn"),
+    ],
+)
+def test_another_form_of_4_bits_is_refused(recipe: Recipe, options: str, checkpoint_copy: Path, tmp_path: Path) -> None:
+    pack_checkpoint(checkpoint_copy, "autoawq-gemm", 32)
+    with pytest.raises(UsageError, match=f"^{options}: the checkpoint is in 4 bits already .*groups of 32.*are kept"):
+        export_bundle(checkpoint_copy, tmp_path / "b", recipe, quiet)
+    Recipe(group_size=32).check(TINY, Packed("autoawq-gemm", 32, False))
+    dataclasses.replace(recipe, quantization="fp16").check(TINY, Packed("autoawq-gemm", 32, False))
 
 
 def test_a_packed_checkpoint_can_be_stored_in_sixteen_bits(checkpoint_copy: Path, tmp_path: Path) -> None:

@@ -75,12 +75,28 @@ class Recipe:
         widths = {cfg.llm.hidden_size, cfg.llm.intermediate_size, cfg.llm.num_attention_heads * cfg.llm.head_dim}
         size = self.group_size
         if packed:  # whose groups stay as they are
+            self._check_kept(packed)
             return
         if self.quantization == "int4" and (size < 16 or size & (size - 1) or any(width % size for width in widths)):
             raise UsageError(
                 f"group_size {size}: expected a power of two from 16 on that divides "
                 f"{', '.join(map(str, sorted(widths)))}",
                 "these are the numbers of inputs that the LLM's linears have; 128, 64 and 32 are usual",
+            )
+
+    def _check_kept(self, packed: Packed) -> None:
+        """Raises UsageError for another form of 4 bits than those that are kept. What only steers a search may be said."""
+        others = {
+            f"-g {self.group_size}": self.group_size not in (packed.group_size, Recipe.group_size),
+            "--symmetric": self.symmetric and not packed.symmetric,
+            f"--method {self.method}": self.method != Recipe.method,
+        }
+        said = [option for option, other in others.items() if other]
+        if self.quantization == "int4" and said:
+            raise UsageError(
+                f"{', '.join(said)}: the checkpoint is in 4 bits already ({packed.format}, groups of "
+                f"{packed.group_size}), which are kept",
+                "leave it away, or export the checkpoint in 16 bits that this one was made of",
             )
 
 
