@@ -11,7 +11,7 @@ from benchmarks.int4_peers.form import FORMS, Chain, shapes, stored_bytes
 from benchmarks.int4_peers.ort_chain import make_model
 from benchmarks.int4_products import Figures, markdown, report
 
-CHAIN = Chain(1, (1, 5), 1, 2)
+CHAIN = Chain(3, (1, 5), 1, 2)
 
 
 @pytest.fixture(autouse=True)

@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.int4_peers.form import WIDTHS, Chain, Form, shapes
-from benchmarks.int4_peers.timing import sample, scale
+from benchmarks.int4_peers.timing import integers, sample, scale
 
 GROUP = Form().group_size
 
 
 def make_model(ov: Any, opset: Any, chain: Chain) -> Any:
     """u4 weights with zero points, subtracted and scaled in groups: the pattern that it knows as compressed."""
-    rng = np.random.default_rng(0)
     parameter = opset.parameter([-1, WIDTHS[0]], ov.Type.f32, name="x")
     x = parameter
     for rows, columns in shapes(chain):
         groups = columns // GROUP
-        packed = rng.integers(0, 256, rows * columns // 2, np.uint8)
         shape = [rows, groups, GROUP]
-        q = opset.convert(_constant(ov, packed, shape), "f16")
+        q = opset.convert(_constant(ov, integers(rows * columns), shape), "f16")
         zeros = np.full(rows * groups // 2, 0x88, np.uint8)
         centred = opset.subtract(q, opset.convert(_constant(ov, zeros, [rows, groups, 1]), "f16"))
         scales = opset.constant(np.full((rows, groups, 1), scale(columns), np.float16))

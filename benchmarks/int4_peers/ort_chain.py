@@ -15,18 +15,18 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from benchmarks.int4_peers.form import FORMS, WIDTHS, Chain, Form, shapes
-from benchmarks.int4_peers.timing import sample, scale
+from benchmarks.int4_peers.timing import integers, sample, scale
 
 OPSET = 21
 
 
 def make_model(form: Form, chain: Chain) -> bytes:
     """The chain as an ONNX model: x [M, 2560] to y [M, 2560]."""
-    rng, nodes, initializers, x = np.random.default_rng(0), [], list[Any](), "x"
+    nodes, initializers, x = list[Any](), list[Any](), "x"
     for index, (rows, columns) in enumerate(shapes(chain)):
         y = f"y{index}"
         make = _dequantized if form.dequantize else _product
-        nodes += make(form, rows, columns, x, y, initializers, rng)
+        nodes += make(form, rows, columns, x, y, initializers)
         x = y
     tensor = helper.make_tensor_value_info
     graph = helper.make_graph(
@@ -40,9 +40,9 @@ def make_model(form: Form, chain: Chain) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def _product(form: Form, rows: int, columns: int, x: str, y: str, weights: list[Any], rng: Any) -> list[Any]:
+def _product(form: Form, rows: int, columns: int, x: str, y: str, weights: list[Any]) -> list[Any]:
     groups = columns // form.group_size
-    q = rng.integers(0, 256, (rows, groups, form.group_size * form.bits // 8), np.uint8)
+    q = integers(rows * columns, form.bits).reshape(rows, groups, -1)
     inputs = {"q": q, "s": _scales(rows, groups, columns, form.bits)}
     if form.zero_points:
         inputs["z"] = np.full((rows, -(-groups * form.bits // 8)), 0x88, np.uint8)
@@ -63,9 +63,9 @@ def _product(form: Form, rows: int, columns: int, x: str, y: str, weights: list[
     ]
 
 
-def _dequantized(form: Form, rows: int, columns: int, x: str, y: str, weights: list[Any], rng: Any) -> list[Any]:
+def _dequantized(form: Form, rows: int, columns: int, x: str, y: str, weights: list[Any]) -> list[Any]:
     groups = columns // form.group_size
-    packed = rng.bytes(rows * columns // 2)
+    packed = integers(rows * columns).tobytes()
     weights.append(helper.make_tensor(f"q_{y}", TensorProto.UINT4, [columns, rows], packed, raw=True))
     weights.append(onnx.numpy_helper.from_array(_scales(groups, rows, columns, form.bits), f"s_{y}"))
     weights.append(
