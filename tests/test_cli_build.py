@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from vila_edge.bundle import Bundle
 from vila_edge.engine.engine_cache import EngineCache
 from vila_edge.engine.tensorrt_options import COMPONENTS, BuildOptions
 from vila_edge.errors import BackendError, UsageError
-from vila_edge.export.build_job import Built, Target, build_engines, check_room, choose_options, find_target
+from vila_edge.export.build_job import Built, Target, build_engines, choose_options, find_target
 
 __all__ = ["in_process"]
 
@@ -215,34 +214,6 @@ def test_one_build_at_a_time(builder: Builder, bundle: Bundle, cache: EngineCach
     assert builder.calls == []
 
 
-def test_the_disk_is_looked_at_before_minutes_are_spent(
-    builder: Builder, bundle: Bundle, cache: EngineCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build_engines(bundle, ORIN, OPTIONS, ["vision_tower"], cache)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(BackendError, match="mm_projector, decoder .* take about 1 MiB, 1 are free") as error:
-        build_engines(bundle, ORIN, OPTIONS, COMPONENTS, cache)
-    assert "XDG_CACHE_HOME" in error.value.hint
-    assert builder.built == ["vision_tower"]
-    build_engines(bundle, ORIN, OPTIONS, ["vision_tower"], cache)  # what is there needs no room
-
-
-def test_room_is_planned_for_engines_and_the_weights_of_one(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = bundle.manifest.files
-    tower = files["weights/vision_tower.safetensors"].size
-    llm = sum(entry.size for name, entry in files.items() if name.startswith("weights/llm."))
-    for missing, fails in ((0, False), (1, True)):
-        free = SimpleNamespace(free=tower + 2 * llm - missing)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: free)
-        if fails:
-            with pytest.raises(BackendError):
-                check_room(tmp_path, bundle, ["vision_tower", "decoder"])
-        else:
-            check_room(tmp_path, bundle, ["vision_tower", "decoder"])
-
-
 # What it builds for
 
 
@@ -287,6 +258,7 @@ def test_defaults_come_from_the_model() -> None:
     [
         ({"context": 129}, "--context 129: this model has 1 to 128"),
         ({"context": 64, "chunk": 65}, "--chunk 65: expected 1 to 64"),
+        ({"images": 5000}, "--images 5,000: expected 1 to 16"),
         ({"form": "scatter"}, "--kv-form scatter: tensorrt 10.3.0, it needs 10.15"),
     ],
 )

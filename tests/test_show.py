@@ -14,7 +14,8 @@ from tests.test_verify import LAYER, reseal, rewrite
 from tests.tiny import TINY
 from vila_edge import fsio
 from vila_edge.bundle import read_manifest
-from vila_edge.cli.show import available_memory, describe
+from vila_edge.cli.show import describe
+from vila_edge.engine.plan import available_memory
 from vila_edge.errors import BundleError, UsageError
 from vila_edge.parameters import count_parameters
 
@@ -107,7 +108,7 @@ def test_it_says_what_fits_here(
         (need["onnxruntime"] - 1, False, 0, "none of these contexts fits on onnxruntime"),
         (None, None, None, "how much memory is available here is unknown"),
     ):
-        monkeypatch.setattr("vila_edge.cli.show.available_memory", lambda available=available: available)
+        monkeypatch.setattr("vila_edge.engine.plan.available_memory", lambda available=available: available)
         found = describe(tiny_bundle)
         assert found["largest_context"] == largest
         assert found["memory"][0]["fits"] is fits

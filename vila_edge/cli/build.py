@@ -48,7 +48,7 @@ def build(
         typer.Option(
             "--images",
             min=1,
-            help="Images or tiles that are encoded at a time. Default: the tiles of one image, up to 16.",
+            help="Images or tiles that are encoded at a time, up to 16. Default: the tiles of one image.",
         ),
     ] = None,
     kv_form: Annotated[
@@ -63,6 +63,9 @@ def build(
         list[str] | None, typer.Option(help="vision_tower, mm_projector or decoder. Repeatable. Default: all.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what was built before.")] = False,
+    no_memory_check: Annotated[
+        bool, typer.Option("--no-memory-check", help="Build even where memory seems too small, with swap space.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Build the TensorRT engines of a bundle for the GPU of this machine.
@@ -91,6 +94,10 @@ def build(
         workspace=None if workspace_mib is None else workspace_mib << 20,
     )
     print_note(_target_line(target))
+    if target.ahead_of_time:
+        print_note(
+            "these engines load on this machine alone, which seals them; for another one, run the same command there"
+        )
     print_note(_options_line(options, components))
     if "decoder" in components and opened.manifest.quantization.get("symmetric") is False:
         print_note(
@@ -105,6 +112,7 @@ def build(
             components,
             EngineCache(),
             force=force,
+            memory_check=not no_memory_check,
             progress=display.progress,
             say=print_warning,
             done=display.finish,

@@ -45,7 +45,7 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes. Raises BundleError or UsageError."""
     from vila_edge.bundle import KV_SCALES_FILE, WEIGHTS, file_problems, read_manifest
     from vila_edge.caches import PREFILL_CHUNK
-    from vila_edge.engine.plan import Backend, largest_context, plan, tiles_at_once
+    from vila_edge.engine.plan import Backend, available_memory, largest_context, plan, tiles_at_once
     from vila_edge.inventory import take_inventory
     from vila_edge.tensorfile import TensorFile
     from vila_edge.visual import TOWER_BATCH
@@ -99,18 +99,6 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
         "available_bytes": available,
         "largest_context": None if available is None else largest_context(available, ours),
     }
-
-
-def available_memory(source: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that a new program can have without others being swapped out; None where the system does not tell."""
-    try:
-        for line in source.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key == "MemAvailable":
-                return int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _components(parts: Any) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 from vila_edge import architecture, bindings
@@ -178,3 +179,15 @@ def _memory(backend: Backend, context: int, *sizes: float) -> Memory:
 def largest_context(available: int, plans: Iterable[Memory]) -> int:
     """The longest of the planned contexts that fits into so many bytes; 0 if none does."""
     return max((memory.context for memory in plans if memory.total <= available), default=0)
+
+
+def available_memory(source: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that a new program can have without others being swapped out; None where the system does not tell."""
+    try:
+        for line in source.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key == "MemAvailable":
+                return int(value.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None

@@ -15,12 +15,13 @@ from types import ModuleType
 from typing import Any
 
 from vila_edge import fsio
-from vila_edge.bundle import WEIGHTS, Bundle
+from vila_edge.bundle import Bundle
 from vila_edge.config import VilaConfig
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, build_flags, engine_key
 from vila_edge.engine.plan import tiles_at_once
 from vila_edge.engine.tensorrt_options import SCATTER_SINCE, BuildOptions, KVForm, default_form, runtime_of
 from vila_edge.errors import BackendError, UsageError
+from vila_edge.export.build_room import check_disk, check_memory
 from vila_edge.export.ctrl_c import CtrlC
 from vila_edge.visual import TOWER_BATCH
 
@@ -98,6 +99,8 @@ def choose_options(
         raise UsageError(f"--context {context}: this model has 1 to {longest:,}")
     if chunk is not None and not 1 <= chunk <= context:
         raise UsageError(f"--chunk {chunk}: expected 1 to {context:,}, the context")
+    if images is not None and not 1 <= images <= TOWER_BATCH:
+        raise UsageError(f"--images {images:,}: expected 1 to {TOWER_BATCH}, as many as are looked at at a time")
     if form == "scatter" and default_form(trt) != "scatter":
         since = ".".join(map(str, SCATTER_SINCE))
         raise UsageError(f"--kv-form scatter: {trt.__name__} {trt.__version__}, it needs {since}", "use append")
@@ -118,6 +121,7 @@ def build_engines(
     cache: EngineCache,
     *,
     force: bool = False,
+    memory_check: bool = True,
     progress: Progress = lambda component, phase, done, total: None,
     say: Say = lambda message: None,
     done: Callable[[Built], None] = lambda built: None,
@@ -125,7 +129,8 @@ def build_engines(
     """Build what the cache does not have, or all of it with `force`. What is finished stays if a later one fails.
 
     `say` is told why an engine that is there is built again. Raises BackendError if TensorRT refuses, the cache cannot
-    be used or the disk is too small, UsageError if a package is missing or another process builds.
+    be used, or disk or memory are too small (`memory_check`), UsageError if a package is missing or another process
+    builds.
     """
     build_engine = _load_builder()
     cache.prepare()
@@ -137,7 +142,10 @@ def build_engines(
             for component in components
         }
         there = {} if force else {component: _usable(cache, key, say) for component, key in keys.items()}
-        check_room(cache.root, bundle, [component for component in components if there.get(component) is None])
+        missing = [component for component in components if there.get(component) is None]
+        check_disk(cache.root, bundle, missing)
+        if memory_check:
+            check_memory(bundle, missing)
         made = []
         for component, key in keys.items():
             built = there.get(component)
@@ -146,19 +154,6 @@ def build_engines(
             made.append(built)
             done(built)
         return made
-
-
-def check_room(root: Path, bundle: Bundle, components: Sequence[str]) -> None:
-    """Raises BackendError unless the converted weights and the engines will fit on the disk, roughly."""
-    sizes = [_weight_bytes(bundle, component) for component in components]
-    need = sum(sizes) + max(sizes, default=0)  # the weights of one at a time
-    free = shutil.disk_usage(root).free
-    if need > free:
-        raise BackendError(
-            f"{root}: engines of {', '.join(components)} and their weights while they are built take about "
-            f"{_mib(need)} MiB, {_mib(free)} are free",
-            f"free {_mib(need - free)} MiB, or set XDG_CACHE_HOME to a folder on another disk",
-        )
 
 
 def _build(
@@ -250,17 +245,5 @@ def _sm_here() -> int:
     return 10 * major + minor
 
 
-def _weight_bytes(bundle: Bundle, component: str) -> int:
-    """What the weights of a component take in the bundle."""
-    tied = bundle.config.llm.tie_word_embeddings  # the table is the head then
-    parts = (("llm", "embed_tokens") if tied else ("llm",)) if component == "decoder" else (component,)
-    starts = tuple(f"{WEIGHTS}/{part}." for part in parts)
-    return sum(entry.size for name, entry in bundle.manifest.files.items() if name.startswith(starts))
-
-
 def _listed(offered: Sequence[int]) -> str:
     return ", ".join(map(str, offered))
-
-
-def _mib(size: int) -> str:
-    return f"{-(-size >> 20):,}"
