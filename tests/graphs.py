@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from vila_edge import int4, kv_scales
@@ -14,11 +15,16 @@ from vila_edge.bindings import CacheType
 from vila_edge.bundle import Bundle, write_manifest
 from vila_edge.config import VilaConfig
 from vila_edge.engine.onnxruntime import OnnxruntimeEngine
+from vila_edge.engine.onnxruntime_session import OLDEST_INT8_CACHE
 from vila_edge.export.onnxruntime_ops import ACCURACY_FLOAT32, OnnxruntimeOps
 from vila_edge.export.weights import write_model
 from vila_edge.parameters import is_quantised
 from vila_edge.reference.engine import ReferenceEngine, numpy_engine
 from vila_edge.reference.numpy_ops import NumpyOps
+
+INSTALLED = tuple(map(int, ort.__version__.split(".")[:2]))
+INT8_CACHE_RUNS = INSTALLED >= OLDEST_INT8_CACHE
+TOO_OLD = "this onnxruntime is too old for a kv_cache in 8 bits"
 
 
 class ExactOps(OnnxruntimeOps):
@@ -38,8 +44,10 @@ def int4_tensors(params: dict[str, NDArray[Any]], group_size: int) -> tuple[dict
     return tensors, meant
 
 
-def handmade_bundle(cfg: VilaConfig, tensors: dict[str, NDArray[Any]], folder: Path) -> Bundle:
-    write_model(folder, cfg, tensors, "{}", ExactOps)
+def handmade_bundle(
+    cfg: VilaConfig, tensors: dict[str, NDArray[Any]], folder: Path, dialect: type[OnnxruntimeOps] = ExactOps
+) -> Bundle:
+    write_model(folder, cfg, tensors, "{}", dialect)
     write_manifest(folder, name="handmade", config=cfg, quantization={}, provenance={}, license_note="", parity={})
     return Bundle.open(folder)
 

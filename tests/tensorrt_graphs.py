@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 FloatArray = NDArray[np.float32]
 
 
+@functools.cache
 def has_tensor_scatter() -> bool:
     """Whether this onnxruntime runs graphs of opset 24; 1.23, the last for Python 3.10, does not."""
     tensors = [make_tensor_value_info(name, FLOAT, [1, 1, size, 2]) for name, size in (("past", 4), ("new", 1))]

@@ -11,19 +11,34 @@ import pytest
 
 from tests.fake_cuda import FakeDevice
 from tests.fake_tensorrt import make_module
-from tests.graphs import graph_engine, int4_tensors, int8_cache_oracle, scales_for
-from tests.tensorrt_engines import KINDS, build_fakes
+from tests.graphs import (
+    INT8_CACHE_RUNS,
+    TOO_OLD,
+    ExactOps,
+    graph_engine,
+    handmade_bundle,
+    int4_tensors,
+    int8_cache_oracle,
+    scales_for,
+)
+from tests.tensorrt_engines import CONTEXT, KINDS, build_fakes
+from tests.test_tensorrt_graphs import stored_as
 from tests.tiny import TINY, random_parameters
+from vila_edge.engine.onnxruntime import OnnxruntimeEngine
 from vila_edge.engine.protocol import Engine
 from vila_edge.engine.tensorrt import TensorrtEngine
 from vila_edge.errors import ContextError, UsageError
-from vila_edge.reference.engine import ReferenceEngine, numpy_engine
+from vila_edge.export.onnxruntime_ops import OnnxruntimeOps
+from vila_edge.reference.engine import ReferenceEngine, bundle_parameters, numpy_engine
 from vila_edge.reference.torch_engine import numpy_parameters_engine
 
 PARAMS = random_parameters(TINY)
 RNG = np.random.default_rng(3)
 PIXELS = RNG.standard_normal((2, 3, 46, 46)).astype(np.float32)
 IDS = RNG.integers(0, TINY.llm.vocab_size, 21).tolist()
+
+
+ROUNDED = 0.08  # where products round their activations to 8 bits; logits have a standard deviation of 0.8
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ BACKENDS = (
     "onnxruntime, int4, int8 kv_cache",
     "onnxruntime, int4, int8 kv_cache, in parts",
     "onnxruntime, int4, float16",
+    "onnxruntime, int4, int8 head",
+    "onnxruntime, int4, int8 head, as shipped",
     *(f"tensorrt, {kind}" for kind in KINDS),
 )
 
@@ -62,6 +79,13 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return Pair(engine, built.oracle, atol=0.01)
     if request.param == "torch":
         return Pair(numpy_parameters_engine(TINY, PARAMS), numpy_engine(TINY, PARAMS))
+    if "int8 head" in request.param:  # and an int8 tower
+        shipped = "as shipped" in request.param
+        bundle = handmade_bundle(TINY, stored_as(TINY, "int8"), folder, OnnxruntimeOps if shipped else ExactOps)
+        oracle = numpy_engine(TINY, bundle_parameters(bundle))
+        return Pair(OnnxruntimeEngine(bundle, threads=1), oracle, atol=ROUNDED if shipped else 1e-4)
+    if "int8 kv_cache" in request.param and not INT8_CACHE_RUNS:
+        pytest.skip(TOO_OLD)
     tensors, meant = int4_tensors(PARAMS, 32) if "int4" in request.param else (PARAMS, PARAMS)
     parts = 2 if "in parts" in request.param else None
     if "float16" in request.param:  # the graph for a GPU, here on the CPU
@@ -116,6 +140,22 @@ def test_a_full_cache_is_an_error(pair: Pair) -> None:
     engine.forward(engine.embed_tokens([1, 2, 3]), cache)
     with pytest.raises(ContextError, match="5 positions do not fit into a kv_cache of 4"):
         engine.forward(engine.embed_tokens([4, 5]), cache)
+
+
+def test_the_longest_context_is_filled_at_once_or_in_chunks(pair: Pair) -> None:
+    engine, oracle = pair.engine, pair.oracle
+    longest, chunk = engine.max_context, engine.prefill_chunk
+    assert longest in (TINY.llm.context_length, CONTEXT) and chunk >= 1
+    embeds = oracle.embed_tokens((IDS * 7)[:longest])
+    want = oracle.forward(embeds, oracle.new_cache(longest))
+    whole, cut = engine.new_cache(longest), engine.new_cache(longest)
+    pair.close(engine.forward(embeds, whole), want)
+    logits = [engine.forward(embeds[start : start + chunk], cut) for start in range(0, longest, chunk)]
+    pair.close(logits[-1], want)
+    for cache in (whole, cut):
+        assert cache.length == longest
+        with pytest.raises(ContextError, match=f"{longest + 1} positions do not fit"):
+            engine.forward(embeds[:1], cache)
 
 
 def test_a_cache_is_as_long_as_the_model_at_most(pair: Pair) -> None:

@@ -103,6 +103,31 @@ def test_attention_takes_the_product_whole_where_there_is_one(
     np.testing.assert_allclose(engine.forward(x, engine.new_cache(8), range(5)), want, atol=1e-4)
 
 
+def test_logits_are_computed_of_the_wanted_positions_alone(tiny_bundle: Path) -> None:
+    """The head takes what was chosen: of a long prefill, one row of many."""
+    for name in ("decoder", "decoder_float16", "decoder_int8"):
+        graph = onnx.load(str(tiny_bundle / f"graphs/onnxruntime/{name}.onnx"), load_external_data=False).graph
+        (chosen,) = [node for node in graph.node if bindings.LOGITS_TO_KEEP in node.input]
+        heads = [node for node in graph.node if node.name.startswith("llm.lm_head/MatMul")]
+        assert chosen.op_type == "Gather" and heads
+        (state,) = {head.input[0] for head in heads}
+        makers = {output: node for node in graph.node for output in node.output}
+        while state not in chosen.output:  # a norm at most lies between
+            state = makers[state].input[0]
+
+
+def test_products_round_their_activations_as_is_meant(tiny_bundle: Path) -> None:
+    """To 8 bits on a CPU, which is four times as fast; not in the form for a GPU."""
+    for name, level in (("decoder", 4), ("decoder_int8", 4), ("decoder_float16", 1)):
+        graph = onnx.load(str(tiny_bundle / f"graphs/onnxruntime/{name}.onnx"), load_external_data=False).graph
+        found = {
+            onnx.helper.get_node_attr_value(node, "accuracy_level")
+            for node in graph.node
+            if node.op_type == "MatMulNBits"
+        }
+        assert found == {level}
+
+
 def test_nothing_is_in_a_graph_that_nothing_reads(tiny_bundle: Path) -> None:
     for path in (tiny_bundle / "graphs" / "onnxruntime").iterdir():
         graph = onnx.load(str(path), load_external_data=False).graph
