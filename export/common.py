@@ -21,7 +21,7 @@ from vila_edge.cli.console import print_error, print_warning
 from vila_edge.config import LlmConfig
 from vila_edge.cores import usable_cores
 from vila_edge.errors import UsageError, VilaEdgeError
-from vila_edge.export.awq import Params, States, quantise_block
+from vila_edge.export.awq import Params, quantise_block
 from vila_edge.export.built_in_samples import calibration_set
 from vila_edge.export.calibration import CalibrationSet, Sample, choose, embed
 from vila_edge.export.checkpoint import Checkpoint
@@ -29,6 +29,7 @@ from vila_edge.export.encoder import CheckpointEncoder
 from vila_edge.export.grid import Grid
 from vila_edge.export.recipe import Recipe, read_recipe
 from vila_edge.export.source import Source
+from vila_edge.export.states import States
 from vila_edge.export.workers import Workers
 from vila_edge.reference.torch_ops import TorchOps
 
@@ -91,7 +92,7 @@ def check_layer(layer: int, cfg: LlmConfig) -> None:
         raise UsageError(f"--layer {layer}: expected from 0 to {cfg.num_hidden_layers - 1}")
 
 
-def states_before(layer: int, samples: Sequence[Sample], source: Source, pool: Workers) -> list[States]:
+def states_before(layer: int, samples: Sequence[Sample], source: Source, pool: Workers) -> Sequence[States]:
     """What a decoder block is given for each sample [S, D], with one block in memory. Raises UsageError."""
     cfg, tokenizer = source.checkpoint.config, source.checkpoint.tokenizer()
     check_layer(layer, cfg.llm)
@@ -124,8 +125,8 @@ class Cost:
     rounded: float
     awq: float
     seconds: float  # of the search
-    search: list[States]
-    held_out: list[States]
+    search: Sequence[States]
+    held_out: Sequence[States]
 
 
 def cost_of_4_bits(
@@ -134,7 +135,7 @@ def cost_of_4_bits(
     """AWQ on one block beside rounding to nearest, both measured on states that the search did not see."""
     cfg, block = source.checkpoint.config.llm, block_of(layer, source)
     started = time.monotonic()
-    quantised, after = quantise_block(block, search, layer, cfg, grid, pool)
+    quantised, after = quantise_block(dict(block), search, layer, cfg, grid, pool)
     seconds = time.monotonic() - started
     want = run_block(block, held_out, layer, cfg, pool)
     added = sum(float(np.square(w - x).sum()) for w, x in zip(want, held_out, strict=True))

@@ -9,6 +9,7 @@ block at a time. Errors are squared, of the block's output, relative to what the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,10 +29,9 @@ from export.common import (
     to_quantise,
 )
 from vila_edge.errors import InputError
-from vila_edge.export.awq import States
 from vila_edge.export.grid import Grid
 from vila_edge.export.source import Source
-from vila_edge.export.states import read_states
+from vila_edge.export.states import States, read_states
 from vila_edge.export.workers import workers
 
 
@@ -65,7 +65,7 @@ def main(
     print(f", {cost.awq / cost.rounded:.2f} of it")
 
 
-def _read(path: Path, width: int) -> list[States]:
+def _read(path: Path, width: int) -> Sequence[States]:
     """Raises InputError if they are not of a model of this width."""
     found = read_states(path)
     for x in found:

@@ -15,6 +15,7 @@ from vila_edge import architecture, int4
 from vila_edge.config import LlmConfig
 from vila_edge.export import awq
 from vila_edge.export.grid import Grid
+from vila_edge.export.states import States
 from vila_edge.export.workers import Workers, workers
 from vila_edge.reference.torch_ops import TorchOps
 
@@ -35,14 +36,14 @@ def outlier_parameters(cfg: LlmConfig) -> dict[str, Tensor]:
     return params
 
 
-def hidden_states(seed: int) -> list[awq.States]:
+def hidden_states(seed: int) -> Sequence[States]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(length, 64, generator=generator).numpy() for length in (40, 40, 200, 200, 200)]
 
 
 def quantise_blocks(params: dict[str, Tensor], cfg: LlmConfig, grid: Grid = GRID) -> list[awq.QuantisedBlock]:
     """All blocks, each on what the ones before made of the calibration set."""
-    blocks, states = [], hidden_states(0)
+    states, blocks = hidden_states(0), list[awq.QuantisedBlock]()
     with workers(2) as pool:
         for layer in range(cfg.num_hidden_layers):
             block, states = awq.quantise_block(block_of(params, layer), states, layer, cfg, grid, pool)

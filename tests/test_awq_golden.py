@@ -6,6 +6,7 @@ Integers are not compared: the original searches in 16 bits, which alone moves o
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vila_edge.config import LlmConfig, RopeConfig
 from vila_edge.export import awq
 from vila_edge.export.awq_formats import dequantize_v2
 from vila_edge.export.grid import Grid
+from vila_edge.export.states import States
 from vila_edge.export.torch_file import TorchFile
 from vila_edge.export.workers import workers
 from vila_edge.reference.torch_ops import TorchOps
@@ -59,13 +61,15 @@ def test_the_search_leaves_no_more_error_than_the_originals(
     dtype: torch.dtype, cfg: LlmConfig, params: dict[str, torch.Tensor]
 ) -> None:
     stored, packed = np.load(CASE / "awq.npz"), TorchFile(CASE / "tiny-w4-g128-awq-v2.pt")
-    states = [params["llm.model.embed_tokens.weight"][row].numpy() for row in torch.from_numpy(stored["calib"])]
+    states: Sequence[States] = [
+        params["llm.model.embed_tokens.weight"][row].numpy() for row in torch.from_numpy(stored["calib"])
+    ]
     ratios = {}
     for layer in range(cfg.num_hidden_layers):
         block = {name: value for name, value in params.items() if f".layers.{layer}." in name}
         with workers(1) as pool:
             seen = awq.observe(block, states, layer, cfg, pool)
-            quantised, states = awq.quantise_block(block, states, layer, cfg, Grid(128), pool, dtype)
+            quantised, states = awq.quantise_block(dict(block), states, layer, cfg, Grid(128), pool, dtype)
         original = {}
         for key in stored.files:
             kind, _, names = key.partition("|")
@@ -104,7 +108,9 @@ def test_the_quantised_model_is_as_near_to_the_float_model_as_the_originals(
     cfg: LlmConfig, params: dict[str, torch.Tensor]
 ) -> None:
     stored = np.load(CASE / "awq.npz")
-    states = [params["llm.model.embed_tokens.weight"][row].numpy() for row in torch.from_numpy(stored["calib"])]
+    states: Sequence[States] = [
+        params["llm.model.embed_tokens.weight"][row].numpy() for row in torch.from_numpy(stored["calib"])
+    ]
     ours = dict(params)
     for layer in range(cfg.num_hidden_layers):
         block = {name: value for name, value in params.items() if f".layers.{layer}." in name}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from vila_edge import architecture, int4
 from vila_edge.config import LlmConfig
 from vila_edge.export.grid import CHUNK_ROWS, Grid
+from vila_edge.export.states import IN_MEMORY, Fetch, Kept, KeptStates, States, Store
 from vila_edge.export.workers import Workers
 from vila_edge.reference.torch_ops import TorchOps
 
@@ -30,7 +32,6 @@ MIN_CHANNEL_SCALE = 1e-4
 CLIP_STEPS = [1 - step / 20 for step in range(10)]
 
 Params = Mapping[str, Tensor]
-States = NDArray[np.float32]  # one sequence of hidden states [S, D]
 
 
 @dataclass(frozen=True)
@@ -53,65 +54,73 @@ class ScaleGroup:
 
 @dataclass(frozen=True)
 class Activations:
-    """What a block was seen to compute on the calibration set, one array [S, *] for each sequence."""
+    """What a block was seen to compute on the calibration set, one tensor [S, *] for each sequence."""
 
-    inputs: dict[str, list[Tensor]]  # linear -> what it was given; those of one input share the tensors
-    states: list[States]  # what the block gave to the next
+    inputs: dict[str, Kept]  # linear -> what it was given; those of one input share the tensors
+    states: Kept  # what the block gave to the next
 
 
 def quantise_block(
-    block: Params,
+    block: dict[str, Tensor],
     states: Sequence[States],
     layer: int,
     cfg: LlmConfig,
     grid: Grid,
     pool: Workers,
     search_dtype: torch.dtype = torch.float32,
-) -> tuple[QuantisedBlock, list[States]]:
+    scratch: Path | None = None,
+) -> tuple[QuantisedBlock, Sequence[States]]:
     """A decoder block after AWQ, and the unquantised block's outputs.
 
-    block: its parameters in float32, on the device to compute on. states: the calibration set as the block sees
-    it, sequences [S, D]. search_dtype: of the products by which scales are compared; the original's has 16 bits.
+    block: its parameters in float32, on the device to compute on; it is used up, so that there is no second one in
+    memory. states: the calibration set as the block sees it, sequences [S, D]. search_dtype: of the products by which
+    scales are compared; the original's has 16 bits. scratch: a folder for activations that are too many for memory.
     Raises ValueError if a linear's inputs are no whole number of groups.
     """
-    seen = observe(block, states, layer, cfg, pool)
-    scaled, scales = dict(block), dict[str, NDArray[np.float32]]()
+    seen = observe(block, states, layer, cfg, pool, scratch)
+    scales = dict[str, NDArray[np.float32]]()
     for group in scale_groups(layer, cfg):
         x = seen.inputs[group.linears[0]]
-        scale = search_scales(group, block, x, grid, pool, search_dtype)
-        apply_scales(group, scale, scaled)
+        scale = search_scales(group, block, x, grid, pool, search_dtype, scratch)
+        apply_scales(group, scale, block)  # no later group is searched with what this changes
         scales |= dict.fromkeys(group.linears, scale.cpu().numpy())
-        x[:] = pool.map(scale.reciprocal().mul, x)
+        seen.inputs.update(dict.fromkeys(group.linears, x.scaled(scale.reciprocal())))
     linears: dict[str, int4.Int4] = {}
-    for name in [name.removesuffix(".weight") for name in scaled if name.endswith("_proj.weight")]:
-        weight = scaled.pop(f"{name}.weight")
+    for name in [name.removesuffix(".weight") for name in block if name.endswith("_proj.weight")]:
+        weight = block.pop(f"{name}.weight")
         if not name.endswith(("q_proj", "k_proj")):
             weight = clip(weight, seen.inputs[name], grid, pool)
         linears[name] = grid.quantize(weight, pool)
-    floats = {name: value.cpu().numpy() for name, value in scaled.items()}
-    return QuantisedBlock(floats, linears, scales), seen.states
+    floats = {name: value.cpu().numpy() for name, value in block.items()}
+    block.clear()
+    return QuantisedBlock(floats, linears, scales), KeptStates(seen.states)
 
 
-def observe(block: Params, states: Sequence[States], layer: int, cfg: LlmConfig, pool: Workers) -> Activations:
+def observe(
+    block: Params,
+    states: Sequence[States],
+    layer: int,
+    cfg: LlmConfig,
+    pool: Workers,
+    scratch: Path | None = None,
+) -> Activations:
     """Run a block on the calibration set, once, and keep what its linears were given."""
 
     device = next(iter(block.values())).device
 
-    def run(x: States) -> tuple[dict[str, Tensor], States]:
+    def run(x: States) -> tuple[dict[str, Tensor], Tensor]:
         ops = _RecordingOps(block)
         y = architecture.decoder_layer(ops, torch.from_numpy(np.array(x)).to(device)[None], layer, cfg)
-        return ops.inputs, y[0].cpu().numpy()
+        return ops.inputs, y[0].cpu()
 
-    inputs: dict[str, list[Tensor]] = {}
-    states_after: list[States] = []
+    shared = {name: group.linears[0] for group in scale_groups(layer, cfg) for name in group.linears[1:]}
+    store, inputs, after = Store(scratch), dict[str, list[Fetch]](), list[Fetch]()
     for seen, y in pool.map(run, states):
-        states_after.append(y)
-        for name, x in seen.items():
-            inputs.setdefault(name, []).append(x)
-    for group in scale_groups(layer, cfg):
-        for name in group.linears[1:]:
-            inputs[name] = inputs[group.linears[0]]
-    return Activations(inputs, states_after)
+        after.append(store.put(y))
+        for name in [name for name in seen if name not in shared]:
+            inputs.setdefault(name, []).append(store.put(seen[name]))
+    kept = {name: Kept(fetch) for name, fetch in inputs.items()}
+    return Activations(kept | {name: kept[first] for name, first in shared.items()}, Kept(after))
 
 
 def scale_groups(layer: int, cfg: LlmConfig) -> list[ScaleGroup]:
@@ -147,12 +156,13 @@ def search_scales(
     grid: Grid,
     pool: Workers,
     dtype: torch.dtype = torch.float32,
+    scratch: Path | None = None,
 ) -> Tensor:
     """Scales [K] of the shared input: mean |x| to the power that leaves the least squared error."""
     tokens = sum(len(sequence) for sequence in x)
     magnitude = torch.stack(list(pool.map(lambda sequence: sequence.abs().sum(0), x))).sum(0) / tokens
     part = {name: value.to(dtype) if name.endswith("_proj.weight") else value for name, value in block.items()}
-    want = list(pool.map(lambda sequence: group.run(part, sequence), x))
+    want = Store(scratch, IN_MEMORY // 4).keep(pool.map(lambda sequence: group.run(part, sequence), x))
     rounded = part | {f"{name}.weight": torch.empty_like(part[f"{name}.weight"]) for name in group.linears}
     best, best_error = torch.ones_like(magnitude), float("inf")
     for ratio in RATIOS:

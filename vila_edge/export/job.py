@@ -30,7 +30,7 @@ from vila_edge.export.grid import Grid
 from vila_edge.export.layouts import PULLED_FROM
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.source import Source
-from vila_edge.export.states import read_states, write_states
+from vila_edge.export.states import IN_MEMORY, read_states, write_states
 from vila_edge.export.steps import Relay, Result, Steps
 from vila_edge.export.storage import LLM_FILE, StoragePlan, layer_file
 from vila_edge.export.verify import Verification
@@ -100,8 +100,12 @@ class Export:
         `beside`: bytes of what is made of the bundle.
         """
         done = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-        states = 4 * self.cfg.llm.hidden_size * self.recipe.calibration_tokens
-        need = self.storage_plan("fp16").parameter_bytes() + 3 * states + beside - done
+        llm, tokens = self.cfg.llm, self.recipe.calibration_tokens
+        states = 4 * llm.hidden_size * tokens
+        activations = 5 * states + 4 * llm.intermediate_size * tokens  # of one block: what memory is not taken for
+        need = (
+            self.storage_plan("fp16").parameter_bytes() + 3 * states + max(0, activations - IN_MEMORY) + beside - done
+        )
         free = shutil.disk_usage(work).free
         if need > free:
             raise VilaEdgeError(
@@ -178,7 +182,9 @@ class Export:
         block = self.source.layer(f"{architecture.LLM}.layers.{layer}.")
         block = {name: value.to(self.device) for name, value in block.items()}
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.recipe.search_dtype]
-        quantised, states = quantise_block(block, read_states(before), layer, self.cfg.llm, grid, self.pool, dtype)
+        quantised, states = quantise_block(
+            block, read_states(before), layer, self.cfg.llm, grid, self.pool, dtype, folder.parent
+        )
         write_layer(folder, plan, layer_file(layer), quantised.floats, quantised.linears)
         if after:
             write_states(after, states, [len(x) for x in states], self.cfg.llm.hidden_size)

@@ -218,7 +218,7 @@ class Verification:
         piece = decoder.load(layer, [f"present_{name}" for name in cached(layer)])
         return list(self.pool.map(lambda x: run_layer_in_two(piece, x, layer, self.cfg), states))
 
-    def _chains(self, path: Path) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
+    def _chains(self, path: Path) -> tuple[Sequence[FloatArray], Sequence[FloatArray], Sequence[FloatArray]]:
         """The prompts' states: the reference's, the bundle's, and the bundle's with a kv_cache in 8 bits."""
         states, count = read_states(path), len(self.samples)
         return states[:count], states[count : 2 * count], states[2 * count :]
