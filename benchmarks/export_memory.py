@@ -3,7 +3,8 @@
     python benchmarks/export_memory.py WORK_DIR [--layers 8 --layers 32] [--json FILE]
 
 Checkpoints of VILA1.5-3B's dimensions with random weights are made in WORK_DIR (6.3 GB with 32 layers) and
-exported, each by a process of its own, with the built-in calibration.
+exported, each by a process of its own, with the built-in calibration. Exit code 1 if one needs more than 2 GiB, or the
+deepest more than 5 % above the flattest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+MOST_MIB, MOST_GROWTH = 2048, 1.05  # what is claimed
 
 # What must be there before anything is exported: the difference to it is the export's own.
 BARE = "import torch, onnxruntime, onnx, numpy, tokenizers, PIL.Image, typer, rich"
@@ -69,6 +72,21 @@ def main(
     Console().print(table)
     if json_file:
         json_file.write_text(json.dumps(report, indent=2) + "\n")
+    if problem := too_much({row["layers"]: row["above_bare_mib"] for row in rows}):
+        raise SystemExit(problem)
+
+
+def too_much(peaks: dict[int, float]) -> str:
+    """What is wrong with the claims about peak memory, MiB by number of layers, or ""."""
+    for layers, peak in peaks.items():
+        if not peak <= MOST_MIB:
+            return f"the claim does not hold: {peak:.0f} MiB with {layers} layers, expected at most {MOST_MIB}"
+    few, many = min(peaks), max(peaks)
+    growth = peaks[many] / peaks[few]
+    if not growth <= MOST_GROWTH:
+        expected = f"expected at most {MOST_GROWTH - 1:.0%}"
+        return f"the claim does not hold: {growth - 1:+.1%} from {few} to {many} layers, {expected}"
+    return ""
 
 
 def measure(command: list[str]) -> dict[str, Any]:

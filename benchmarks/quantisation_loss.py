@@ -2,6 +2,7 @@
 
     python benchmarks/quantisation_loss.py CHECKPOINT [--group-size 128] [--json FILE]
 
+Exit code 1 if KL(int4 || 16 bits) does not grow from the first to the last of them.
 CHECKPOINT is the one that `vila-edge demo` leaves in its folder. Both searches see as many positions of
 conversations about training digits; what is measured is the LLM with float32 activations, against the checkpoint's
 in 16 bits, on conversations about test digits, text and images together. KL is in nats, a mean over all positions.
@@ -14,6 +15,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +84,17 @@ def main(
     Console(width=112).print(table)
     if json_file:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
+    if problem := wrong_order({way: row["kl"] for way, row in rows.items()}):
+        raise SystemExit(problem)
+
+
+def wrong_order(kl: dict[str, float]) -> str:
+    """What is wrong with the claim that each way loses no more than the next one of LINES, or ""."""
+    for better, worse in pairwise(LINES):
+        if not kl[better] <= kl[worse]:
+            found, expected = f"{LINES[better]}: KL {kl[better]:.5f}", f"{kl[worse]:.5f} ({LINES[worse]})"
+            return f"the claim does not hold: {found}, expected at most {expected}"
+    return ""
 
 
 def conversation_start(rng: random.Random) -> Exchange:
