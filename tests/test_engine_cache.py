@@ -329,7 +329,8 @@ def test_what_is_there_instead_is_said(there: list[EngineKey], says: str, cache:
     wanted = engine_key("d" * 64, "decoder", tensorrt(), 87, {"context": 2000})
     with pytest.raises(BackendError, match=re.escape(f"no engine of decoder to use: {says}")) as error:
         cache.pick(wanted, "my.bundle")
-    assert error.value.hint == "build it on this machine: vila-edge build my.bundle"
+    other = "; or take --backend tensorrt_rtx" if "tensorrt_rtx" in says else ""
+    assert error.value.hint == "build it on this machine: vila-edge build my.bundle" + other
 
 
 def test_the_newest_engine_that_is_large_enough_is_picked(cache: EngineCache) -> None:

@@ -211,17 +211,18 @@ class EngineCache:
 
     def _absent(self, wanted: EngineKey, known: list[EngineKey], bundle: str | os.PathLike[str]) -> BackendError:
         """Why there is no engine to use: the engine that comes nearest tells."""
-        reason = f"none is in {self.root}"
+        reason, remedy = f"none is in {self.root}", _again(bundle, force=False)
         others = [k for k in known if (k.bundle_digest, k.component) == (wanted.bundle_digest, wanted.component)]
         for field, what in (("runtime", ""), ("sm", "SM "), ("version", f"{wanted.runtime} ")):
             same = [key for key in others if getattr(key, field) == getattr(wanted, field)]
             if others and not same:
                 found = ", ".join(dict.fromkeys(f"{what}{getattr(key, field)}" for key in others))
                 reason = f"it was built for {found}, this is {what}{getattr(wanted, field)}"
+                remedy += f"; or take --backend {others[0].runtime}" if field == "runtime" else ""
             others = same
         if others:
             reason = f"it was built with {_lacks(others[0], wanted) or _difference(others[0], wanted)}"
-        return BackendError(f"no engine of {wanted.component} to use: {reason}", _again(bundle, force=False))
+        return BackendError(f"no engine of {wanted.component} to use: {reason}", remedy)
 
     def _digest(self, key: EngineKey) -> hmac.HMAC:
         digest = hmac.new(read_secret(self.secret), digestmod="sha256")
