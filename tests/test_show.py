@@ -90,8 +90,12 @@ def test_contexts_are_planned_as_asked(tiny_bundle: Path, in_process: Callable[.
         ("onnxruntime", 128),
         ("onnxruntime, int8", 128),
         ("numpy", 128),
+        ("tensorrt", 128),
+        ("onnxruntime-cuda", 128),
     ]
     assert all(row["total"] >= row["weights"] + row["kv_cache"] for row in found["memory"])
+    assert [row["measured"] for row in found["memory"]] == [True, True, True, False, False]
+    assert {row["fits"] for row in found["memory"] if not row["measured"]} == {None}
     found = json.loads(in_process("show", tiny_bundle, "--json", "-c", "50").stdout)
     assert {row["context"] for row in found["memory"]} == {50}
     for size in (-1, 129):

@@ -15,6 +15,7 @@ from vila_edge.cli.console import PROGRAM, console, print_note
 from vila_edge.errors import BundleError, UsageError
 
 CONTEXTS = (512, 2048)  # positions, beside the whole context
+CUDA_DECODER = "graphs/onnxruntime/decoder_float16.onnx"
 TABLE_WIDTH = 112  # what all columns need; a narrower terminal wraps it
 
 
@@ -45,6 +46,7 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes. Raises BundleError or UsageError."""
     from vila_edge.bundle import KV_SCALES_FILE, WEIGHTS, file_problems, read_manifest
     from vila_edge.caches import PREFILL_CHUNK
+    from vila_edge.engine.gpu_plan import gpu_plan
     from vila_edge.engine.plan import Backend, available_memory, largest_context, plan, tiles_at_once
     from vila_edge.inventory import take_inventory
     from vila_edge.tensorfile import TensorFile
@@ -72,6 +74,14 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
         for backend in backends
         for context in contexts
     ]
+    gpu: list[Backend] = ["tensorrt", "onnxruntime-cuda"]
+    if CUDA_DECODER not in manifest.files:
+        gpu.remove("onnxruntime-cuda")
+    plans += [
+        gpu_plan(cfg, inventory.parts, backend, context, PREFILL_CHUNK, tiles)
+        for backend in gpu
+        for context in contexts
+    ]
     available = available_memory()
     total = sum(entry.size for entry in manifest.files.values()) + (bundle / "manifest.json").stat().st_size
     ours = [memory for memory in plans if memory.backend == "onnxruntime"]
@@ -92,7 +102,8 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
             "parameter_bytes": manifest.quantization.get("parameter_bytes"),
         },
         "memory": [
-            dataclasses.asdict(memory) | {"fits": None if available is None else memory.total <= available}
+            dataclasses.asdict(memory)
+            | {"fits": memory.total <= available if available is not None and memory.measured else None}
             for memory in plans
         ],
         "tiles_per_image": tiles,
@@ -194,12 +205,12 @@ def _size_table(size: dict[str, Any]) -> Table:
 
 
 def _memory_table(plans: list[dict[str, Any]]) -> Table:
-    table = Table(title="memory, MB (a plan: docs/bundle.md); int8: a kv_cache in 8 bits")
+    table = Table(title="memory, MB (a plan: docs/bundle.md); int8: a kv_cache in 8 bits; on a GPU: estimates, not measured")
     for column in ("backend", "context", "weights", "loading", "kv_cache", "prefill", "images", "peak", "fits here"):
         table.add_column(column, justify="left" if column == "backend" else "right")
     for row in plans:
         parts = (row[key] for key in ("weights", "loading", "kv_cache", "prefill", "images", "total"))
-        fits = {None: "unknown", True: "yes", False: "NO"}[row["fits"]]
+        fits = {None: "unknown", True: "yes", False: "NO"}[row["fits"]] if row["measured"] else "not measured"
         table.add_row(row["backend"], f"{row['context']:,}", *map(_mb, parts), fits)
     return table
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from vila_edge.config import VilaConfig
 from vila_edge.inventory import Part
 from vila_edge.parameters import component
 
-Backend = Literal["onnxruntime", "onnxruntime, int8", "numpy"]
+Backend = Literal["onnxruntime", "onnxruntime, int8", "numpy", "tensorrt", "onnxruntime-cuda"]
 
 FLOAT = 4  # bytes
 PROGRAM = 100_000_000  # bytes: Python, numpy, onnxruntime and the command, with a model of next to no size
@@ -52,6 +52,7 @@ class Memory:
     prefill: int
     images: int
     total: int
+    measured: bool = field(default=True, kw_only=True)  # whether its terms were compared with a process
 
 
 def tiles_at_once(cfg: VilaConfig, batch: int) -> int:
@@ -67,7 +68,7 @@ def tiles_at_once(cfg: VilaConfig, batch: int) -> int:
 
 def kv_cache_bytes(cfg: VilaConfig, context: int, cache_type: bindings.CacheType = "float32") -> int:
     """Keys and values of every layer, for `context` positions."""
-    number = FLOAT if cache_type == "float32" else 1
+    number = {"float32": FLOAT, "float16": 2, "int8": 1}[cache_type]
     return sum(math.prod(binding.sized(capacity=context)) * number for binding in bindings.kv_cache(cfg))
 
 
@@ -80,9 +81,9 @@ def plan(
     tiles: int,
     onnxruntime: tuple[int, int] | None = None,
 ) -> Memory:
-    """The memory of a process that loads a bundle and answers. A `backend` may end with the type of its kv_cache.
+    """The memory of a process that loads a bundle and answers on the CPU; on a GPU: `gpu_plan`.
 
-    `context`: positions that there is room for; `chunk`: positions of a prefill at a time; `tiles`: of an image, at a
+    `backend` may end with the type of its kv_cache. `context`: positions that there is room for; `chunk`: positions of a prefill at a time; `tiles`: of an image, at a
     time, 0 for text alone; `onnxruntime`: its version, by default the one that is installed.
     """
     chunk = min(chunk, context)
