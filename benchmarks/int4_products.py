@@ -5,7 +5,7 @@
 A chain of products as of VILA1.5-3B's feed-forward layers (2560 to 6912 and back), as many as it takes to be more than
 the caches hold, so that one row (decode) reads every weight from memory, and many rows (prefill) compute. Forms take
 turns in rounds, each in a process of its own; `read` is the share of the memory's read bandwidth, measured in the same
-run, that the stored bytes of the weights make of the time. The first form is the bundle's own.
+run, that the stored bytes of the weights make of the time. All have large pages of memory, as vila-edge has. The first form is the bundle's own.
 
 `--openvino-python` is an interpreter with `pip install openvino`. Weights are noise.
 """
@@ -13,6 +13,7 @@ run, that the stored bytes of the weights make of the time. The first form is th
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,8 @@ import typer
 
 from benchmarks.cpu_peers.process import ROOT
 from benchmarks.int4_peers.form import FORMS, OPENVINO, Chain, stored_bytes
-from vila_edge.bench.bandwidth import read_bandwidth
+from vila_edge import huge_pages
+from vila_edge.bench.bandwidth import more_than_caches, read_bandwidth
 from vila_edge.bench.machine import machine, versions
 from vila_edge.cores import usable_cores
 
@@ -40,13 +42,14 @@ class Figures:
 
 def main(
     openvino_python: Annotated[str | None, typer.Option(help="An interpreter with openvino.")] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Of products: 18 MB each.")] = 28,
+    pairs: Annotated[int, typer.Option(min=0, help="Of products: 18 MB each; four times the caches by default.")] = 0,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Rows of a prefill.")] = 256,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1)] = 5,
     threads: Annotated[int | None, typer.Option("-t", "--threads")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
+    pairs = pairs or -(-more_than_caches() // stored_bytes(next(iter(FORMS)), Chain(1, (1, 2), 1, 1)))
     chain = Chain(pairs, (1, prompt_tokens), threads or usable_cores(), repetitions)
     names = [*FORMS, *((OPENVINO,) if openvino_python else ())]
     found: dict[str, list[Figures]] = {name: [] for name in names}
@@ -67,7 +70,9 @@ def run(name: str, chain: Chain, openvino_python: str | None) -> Figures:
     """One round of a form. Raises SystemExit with what it said if it fails."""
     python, module = (openvino_python or "", "openvino_chain") if name == OPENVINO else (sys.executable, "ort_chain")
     command = [python, "-m", f"benchmarks.int4_peers.{module}", name, chain.to_json()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | huge_pages.environment(os.environ)
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
     answer = json.loads(done.stdout.splitlines()[-1])

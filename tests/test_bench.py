@@ -255,11 +255,11 @@ def test_the_probe_reads_all_it_says() -> None:
 
 def test_the_probe_is_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bandwidth, "CPU_CACHES", tmp_path)
-    assert bandwidth._size() == bandwidth.LEAST
+    assert bandwidth.more_than_caches() == bandwidth.LEAST
     for index, size in enumerate(("32K", "1024K", "393216K", "odd")):
         (tmp_path / f"index{index}").mkdir()
         (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
-    assert bandwidth._size() == 4 * 393216 * 1024
+    assert bandwidth.more_than_caches() == 4 * 393216 * 1024
 
 
 def test_inputs_are_the_same_each_time_and_no_two_images_alike() -> None:

@@ -1,12 +1,13 @@
 """llama.cpp on a GGUF file of the same dimensions, by its own llama-bench.
 
 Its defaults stand: kv_cache in 16 bits, flash attention where it decides so, weights packed anew for the CPU, files
-mapped. It chooses no token and knows no text: what it times is the same as what is timed of ours.
+mapped. It gets large pages of memory as ours does. It chooses no token and knows no text: what it times is the same as what is timed of ours.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from benchmarks.cpu_peers.job import COLD_POSITIONS, Figures, Job
 from benchmarks.cpu_peers.process import Watched, watch
 from benchmarks.cpu_peers.shape import Shape
+from vila_edge import huge_pages
 
 RECIPE = """build it from the source that comes with llama-cpp-python on PyPI:
   pip download --no-deps --no-binary :all: llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz
@@ -52,7 +54,8 @@ def run(program: Path, model: Path, shape: Shape, job: Job) -> Figures:
 
 def _bench(program: Path, model: Path, job: Job, *options: str) -> Watched:
     command: Sequence[str] = [str(program), "-m", str(model), "-t", str(job.threads), "-o", "jsonl", *options]
-    return watch(command, {"LD_LIBRARY_PATH": str(program.resolve().parent)})
+    env = {"LD_LIBRARY_PATH": str(program.resolve().parent), **huge_pages.environment(os.environ)}
+    return watch(command, env)
 
 
 def _rows(done: Watched) -> list[dict[str, Any]]:

@@ -2,18 +2,21 @@
 
     python -m benchmarks.cpu_peers.ours REQUEST      one JSON object of samples
 
-A process loads the bundle as `vila_edge.load` does it, which checks the digest of every file first.
+A process loads the bundle as `vila_edge.load` does it, which checks the digest of every file first, and has large
+pages of memory, as the command line has them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
 
 from benchmarks.cpu_peers.job import COLD_POSITIONS, Figures, Job
 from benchmarks.cpu_peers.process import watch
+from vila_edge import huge_pages
 from vila_edge.bench import cold
 from vila_edge.bench.machine import versions
 from vila_edge.bench.stages import measure
@@ -36,9 +39,10 @@ def run(bundle: Path, kv_cache: str, job: Job) -> Figures:
             "repeat": job.repetitions,
         },
     }
-    done = watch([sys.executable, "-m", __name__, json.dumps(request)])
+    env = huge_pages.environment(os.environ)
+    done = watch([sys.executable, "-m", __name__, json.dumps(request)], env)
     options = Options("onnxruntime", job.threads, kv_cache=kv_cache)
-    start = watch(cold.command(bundle, options, Workload(COLD_POSITIONS, (), 1, 1, 0, 0, 0)))
+    start = watch(cold.command(bundle, options, Workload(COLD_POSITIONS, (), 1, 1, 0, 0, 0)), env)
     found = json.loads(done.lines[-1])
     decode = {context: means(samples, job.new_tokens) for context, samples in found["decode"].items()}
     return Figures(

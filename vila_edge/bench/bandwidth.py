@@ -38,7 +38,7 @@ def read_bandwidth(threads: int) -> list[float]:
 
 def probe(threads: int, size: int | None = None, passes: int = PASSES) -> list[float]:
     """Bytes a second of each pass: every thread sums an array of its own, of `size` / `threads` bytes."""
-    count = (size or _size()) // threads // 8
+    count = (size or more_than_caches()) // threads // 8
     arrays = [np.ones(count, np.uint64) for _ in range(threads)]
     samples = []
     with ThreadPoolExecutor(threads) as pool:
@@ -50,7 +50,8 @@ def probe(threads: int, size: int | None = None, passes: int = PASSES) -> list[f
     return samples
 
 
-def _size() -> int:
+def more_than_caches() -> int:
+    """Bytes of which little is found in a cache again when all were read."""
     return max(LEAST, CACHES * _largest_cache())
 
 
