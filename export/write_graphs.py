@@ -45,6 +45,8 @@ def main(
             raise UsageError(f"{option} {value}: expected one of {', '.join(known)}")
     how = chosen(recipe, quantization=quant, group_size=group_size, lm_head=lm_head, vision=vision)
     fsio.check_absent(output, force)
+    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= {GRAPHS}):
+        raise UsageError(f"{output} holds more than graphs, and --force replaces nothing else", "choose another folder")
     opened = open_checkpoint(checkpoint, how)
     how.check(opened.config)
     plan = StoragePlan(opened.config, how.storage(opened.packed, "int8" if how.lm_head == "auto" else how.lm_head))

@@ -154,6 +154,9 @@ def test_graphs_are_those_of_the_bundle(
         assert (tmp_path / "made" / path).read_bytes() == (tiny_bundle / path).read_bytes()
     done = script("write_graphs", tiny_checkpoint, "-o", tmp_path / "made", "--quant", "fp16", "--force")
     assert done.code == 0 and "MatMulNBits" not in done.out
+    (tmp_path / "made" / "mine").touch()
+    done = script("write_graphs", tiny_checkpoint, "-o", tmp_path / "made", "--quant", "fp16", "--force")
+    assert done.code == 2 and "holds more than graphs" in done.err and (tmp_path / "made" / "mine").exists()
 
 
 def test_verify_finds_what_the_export_found(tiny_bundle: Path, tiny_checkpoint: Path, script: Script) -> None:

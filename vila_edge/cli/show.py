@@ -205,7 +205,9 @@ def _size_table(size: dict[str, Any]) -> Table:
 
 
 def _memory_table(plans: list[dict[str, Any]]) -> Table:
-    table = Table(title="memory, MB (a plan: docs/bundle.md); int8: a kv_cache in 8 bits; on a GPU: estimates, not measured")
+    table = Table(
+        title="memory, MB (a plan: docs/bundle.md); int8: a kv_cache in 8 bits; on a GPU: estimates, not measured"
+    )
     for column in ("backend", "context", "weights", "loading", "kv_cache", "prefill", "images", "peak", "fits here"):
         table.add_column(column, justify="left" if column == "backend" else "right")
     for row in plans:
