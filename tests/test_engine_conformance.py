@@ -12,6 +12,7 @@ import pytest
 from tests.fake_cuda import FakeDevice
 from tests.fake_tensorrt import make_module
 from tests.graphs import (
+    INSTALLED,
     INT8_CACHE_RUNS,
     TOO_OLD,
     ExactOps,
@@ -89,6 +90,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tensors, meant = int4_tensors(PARAMS, 32) if "int4" in request.param else (PARAMS, PARAMS)
     parts = 2 if "in parts" in request.param else None
     if "float16" in request.param:  # the graph for a GPU, here on the CPU
+        if INSTALLED < (1, 24):
+            pytest.skip("on a CPU, onnxruntime 1.23 makes NaN of float16 where there are more than 8 new positions")
         return Pair(graph_engine(TINY, tensors, folder, "float16"), numpy_engine(TINY, meant), atol=0.01)
     if "int8" not in request.param:
         return Pair(graph_engine(TINY, tensors, folder, parts=parts), numpy_engine(TINY, meant))
