@@ -17,7 +17,7 @@ from vila_edge import architecture, int4
 from vila_edge.config import LlmConfig
 from vila_edge.errors import VilaEdgeError
 from vila_edge.export import awq, states
-from vila_edge.export.states import Kept, Store
+from vila_edge.export.states import Kept, States, Store
 from vila_edge.export.workers import workers
 from vila_edge.reference.torch_ops import TorchOps
 
@@ -70,17 +70,16 @@ def brute_force(block: dict[str, Tensor], linears: tuple[str, ...], part: Part, 
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def prepared(zero_channel: bool, seed: int = 0) -> tuple[dict[str, Tensor], list[np.ndarray[tuple[int, int]]]]:
-    """A block with outliers, and sequences of which a few short ones are unlike the long ones."""
-    params, rng = outlier_parameters(MHA.llm), np.random.default_rng(seed)
-    block = block_of(params, 0)
+def prepared(zero_channel: bool) -> tuple[dict[str, Tensor], list[States]]:
+    """A block with outliers, and many short sequences unlike a long one: one mean for each would count them for more."""
+    block, rng = block_of(outlier_parameters(MHA.llm), 0), np.random.default_rng(0)
     if zero_channel:  # its mean is 0, and so would its scale be
         block[f"{LAYER}.input_layernorm.weight"][5] = 0
         block[f"{LAYER}.post_attention_layernorm.weight"][40] = 0
-    sequences = [x.copy() for x in hidden_states(seed)]
-    for x in sequences[:2]:
-        x[:, rng.permutation(x.shape[1])[:8]] *= 30
-    return block, [*sequences, *(sequences[0][:4] for _ in range(6))]
+    channels, sequences = rng.permutation(64)[:8], [rng.standard_normal((1, 64)).astype(np.float32) for _ in range(80)]
+    for x in sequences:
+        x[:, channels] *= 10
+    return block, [*sequences, rng.standard_normal((400, 64)).astype(np.float32)]
 
 
 @pytest.mark.parametrize("zero_channel", [False, True])
