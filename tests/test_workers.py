@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from vila_edge.export.workers import workers
+from vila_edge.export.workers import LARGE_BYTES, workers
 
 
 def test_results_come_in_order_whatever_takes_longest() -> None:
@@ -52,3 +53,25 @@ def test_each_thread_computes_without_gradients_and_torch_is_left_as_it_was() ->
         pool.each(lambda _: modes.append((torch.is_inference_mode_enabled(), torch.get_num_threads())), range(4))
     assert set(modes) == {(True, 1)}
     assert torch.get_num_threads() == before
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ["arena", "ordblks", "smblks", "hblks"]] + [
+        (f"more_{i}", ctypes.c_size_t) for i in range(6)
+    ]
+
+
+def test_what_is_large_goes_back_to_the_system_whatever_was_freed_before() -> None:
+    """glibc alone would keep pieces as large as the largest that was freed, in each thread's part of the heap."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("another C library")
+    libc.mallinfo2.restype, libc.malloc.restype, libc.free.argtypes = _Mallinfo, ctypes.c_void_p, [ctypes.c_void_p]
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    with workers(1):
+        libc.free(libc.malloc(30 << 20))
+        before = libc.mallinfo2().hblks  # pieces that are mapped alone
+        piece = libc.malloc(LARGE_BYTES + 1)
+        mapped = libc.mallinfo2().hblks
+        libc.free(piece)
+    assert mapped == before + 1

@@ -16,6 +16,9 @@ from typing import TypeVar
 
 import torch
 
+LARGE_BYTES = 4 << 20  # more than a chunk of a weight that is rounded: there the system would be asked too often
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -56,6 +59,7 @@ class Workers:
 @contextmanager
 def workers(threads: int) -> Iterator[Workers]:
     """Workers for a block of code, in which torch itself uses one thread."""
+    return_large_pieces()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = Workers(threads)
@@ -69,6 +73,16 @@ def workers(threads: int) -> Iterator[Workers]:
 def _run(work: Callable[[A], B], piece: A) -> B:
     with torch.inference_mode():  # each thread has its own mode
         return work(piece)
+
+
+def return_large_pieces() -> None:
+    """From now on, what is large goes back to the system when it is freed.
+
+    glibc raises its own limit for that to the largest piece it saw, up to 32 MiB, and then each thread's part of the
+    heap grows from layer to layer, though nothing is left in it.
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def release_memory() -> None:
