@@ -12,8 +12,8 @@ The error is measured here, for all alike: the block is run with the weights tha
 of them saw; the squared difference to the unquantised block's output, relative to what the block adds to its input.
 
 `busy` is the share of the machine that went to other programs meanwhile: figures of a busy machine are worth little,
-seconds less than CPU seconds, and tools that spread one product over all cores lose more by it than ours. The last
-column is the error relative to that of plain rounding.
+seconds less than CPU seconds, and tools that spread one product over all cores lose more by it than ours. `x scales`
+is over what our search for scales alone took, without clipping: some tools do no more. The last column is the error relative to that of plain rounding.
 
 What this is not: the weights are random, so the errors show that the tools did comparable work and say nothing about
 a trained model. Tools do not all search the same; each script says what its tool does. They are made for GPUs and
@@ -200,7 +200,7 @@ def make_table(runs: list[Run], rounded: float, title: str) -> Table:
     table = Table(title=title)
     for column in ("tool", "dtype"):
         table.add_column(column, no_wrap=True)
-    for column in ("seconds", "x ours", "CPU s", "x ours", "busy", "peak MiB", "/ rounded"):
+    for column in ("seconds", "x ours", "x scales", "CPU s", "x ours", "busy", "peak MiB", "/ rounded"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         ours, ours_cpu = ours_in(run.dtype, runs)
@@ -210,13 +210,14 @@ def make_table(runs: list[Run], rounded: float, title: str) -> Table:
             run.dtype,
             f"{seconds:.1f}",
             f"{seconds / ours:.2f}",
+            f"{seconds / our_scales(run.dtype, runs):.2f}",
             f"{cpu:.1f}",
             f"{cpu / ours_cpu:.2f}",
             f"{run.median('other_cpu_seconds') / seconds / (os.cpu_count() or 1):.0%}",
             f"{run.median('peak_mib'):.0f}",
             f"{run.median('error') / rounded:.3f}",
         )
-    table.add_row("(rounded, no search)", *[""] * 7, "1.000")
+    table.add_row("(rounded, no search)", *[""] * 8, "1.000")
     return table
 
 
@@ -231,12 +232,19 @@ def ours_in(dtype: str, runs: list[Run]) -> tuple[float, float]:
     return own.median("seconds"), own.median("cpu_seconds")
 
 
+def our_scales(dtype: str, runs: list[Run]) -> float:
+    """Seconds of our own search for scales, without clipping: what a tool that does not clip is to be compared with."""
+    own = next(run for run in runs if (run.tool, run.dtype) == (OURS, dtype))
+    return statistics.median(found["notes"]["scales_alone_seconds"] for found in own.repetitions)
+
+
 def report(runs: list[Run], rounded: float, options: dict[str, int]) -> dict[str, Any]:
     tools = [
         {
             "tool": run.tool,
             "dtype": run.dtype,
             "seconds_over_ours": run.median("seconds") / ours_in(run.dtype, runs)[0],
+            "seconds_over_our_scales_alone": run.median("seconds") / our_scales(run.dtype, runs),
             "cpu_seconds_over_ours": run.median("cpu_seconds") / ours_in(run.dtype, runs)[1],
             "error_over_rounded": run.median("error") / rounded,
             "repetitions": run.repetitions,
