@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vila_edge
 from vila_edge import fsio
 from vila_edge.errors import ConfigError
 from vila_edge.plain import from_plain
@@ -36,7 +35,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 # Where device code lies: in an installed package, and in a checkout.
-_PACKAGE = Path(vila_edge.__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _FOLDERS = (_PACKAGE / "_kernels", _PACKAGE.parent / "kernels")
 
 
