@@ -148,7 +148,8 @@ class HostKernels:
 
     def _constants(self, kernel: Kernel, launch: Launch) -> list[Buffer]:
         """The arrays that the launch may only read. Raises HostError for an address of none."""
-        read, written = set(), set()
+        read: set[Buffer] = set()
+        written: set[Buffer] = set()
         for argument, value in zip(kernel.parameters, launch.arguments, strict=True):
             if not argument.pointer or value == 0:
                 continue
