@@ -11,6 +11,7 @@
 namespace {
 constexpr int K_STEP = 64;        // numbers of a row in a tile: 128 bytes, eight chunks of 16
 constexpr int CHUNKS = 8;
+constexpr int WIDTH_STEP = 128;   // weights [steps][outputs filled up to a multiple of this][K_STEP]: a tile lies in one piece
 constexpr int NORM_ROWS = 4;      // rows that a warp takes statistics of at once, eight lanes each
 constexpr int TALL = 8;           // tiles of tokens that pass before the next tile of outputs: they share its weights in L2
 constexpr int STAGED_PAD = 4;     // floats behind each row of the staged output: a warp's writes meet in no bank
@@ -137,6 +138,8 @@ __device__ __forceinline__ void project(const Arguments& a) {
   for (int i = thread; i < TOKENS; i += THREADS) table.fill(a, first_row, i);
   __syncthreads();
 
+  const size_t panel = (size_t)((a.outputs + WIDTH_STEP - 1) / WIDTH_STEP * WIDTH_STEP) * K_STEP;
+  const __half* weight = a.weight + (size_t)first_output * K_STEP;
   Cursor cursor(a, thread % CHUNKS);
   auto load = [&](int step) {
     __half* const x = tiles + step % STAGES * STAGE;
@@ -149,10 +152,10 @@ __device__ __forceinline__ void project(const Arguments& a) {
       const size_t offset = inside ? table.source[i + row] + cursor.corner + cursor.chunk : 0;
       ve_cp_async16(x + swizzled(i + row, chunk), a.x + offset * 8, inside);
     }
-    const __half* const weight = a.weight + ((size_t)(first_output + row) * a.steps + step) * K_STEP + chunk * 8;
 #pragma unroll
     for (int i = 0; i < OUTPUTS; i += ROWS_AT_ONCE)
-      ve_cp_async16(w + swizzled(i + row, chunk), weight + (size_t)i * a.steps * K_STEP, true);
+      ve_cp_async16(w + swizzled(i + row, chunk), weight + (i + row) * K_STEP + chunk * 8, true);
+    weight += panel;
     cursor.advance(a);
   };
 
@@ -171,7 +174,7 @@ __device__ __forceinline__ void project(const Arguments& a) {
     const __half* const x = tiles + step % STAGES * STAGE;
     const __half* const w = x + X_TILE;
     if (NORM) {
-      const float share = 1.f / (step + 1);
+      const float share = __fdividef(1.f, step + 1.f);
 #pragma unroll
       for (int pass = 0; pass < PASSES; ++pass) {
         const int row = (pass * WARPS + warp) * NORM_ROWS + lane / CHUNKS;

@@ -51,7 +51,8 @@ class Norm:
 class Product:
     """One launch: gelu(norm(x) w^T + b), the norm folded into w and b. Whole tiles, filled up with zeros.
 
-    weight [N', K'] float16, bias [N'] float32, weight_sum [N'] float32: of each row of `weight` as it is rounded.
+    weight [K'/64, N', 64] float16, so that a tile lies in one piece. bias [N'] float32. weight_sum [N'] float32, over
+    each output's weights as they are rounded.
     """
 
     name: str  # of the linear
@@ -98,7 +99,7 @@ class Product:
         kernel = f"ve_project_f16_{kind}{tile or best_tile(rows, self.outputs, multiprocessors)}"
         size = manifest()[kernel].tile
         parts = (arrays[name] for name in self.arrays)
-        numbers = (rows, self.outputs, self.depth, self.weight.shape[1] // K_STEP, g.channels, g.grid, g.block)
+        numbers = (rows, self.outputs, self.depth, len(self.weight), g.channels, g.grid, g.block)
         more = (int(g.order == "column_major"), tokens, stride, int(self.gelu), self.eps or 0.0)
         grid = (-(-rows // size["m"]), -(-self.outputs // size["n"]), 1)
         return Launch(kernel, grid, (x, *parts, first_rows, out, *numbers, *more))
@@ -140,7 +141,8 @@ def fold(
     packed[:outputs, :depth], offset[:outputs] = folded, offsets
     sums = packed.sum(1, dtype=np.float64).astype(np.float32)  # as rounded: what the product with the mean really was
     eps = norm.eps if norm else None
-    return Product(name, packed, offset, sums, gather, _whole(outputs, VECTOR), depth, eps)
+    tiles = np.ascontiguousarray(packed.reshape(shape[0], -1, K_STEP).swapaxes(0, 1))
+    return Product(name, tiles, offset, sums, gather, _whole(outputs, VECTOR), depth, eps)
 
 
 @dataclass(frozen=True)
