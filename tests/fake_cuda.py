@@ -7,14 +7,17 @@ Fresh and freed memory is full of NaN, copies are checked against what is alloca
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from tests.kernels.host import IMAGE, call
 from vila_edge.engine.cuda.device import ALIGNMENT, Capture, Stream
 from vila_edge.errors import BackendError
 
@@ -29,10 +32,12 @@ class FakeDevice:
 
     def __init__(self, total: int = 1 << 30, compute_capability: tuple[int, int] = (8, 7)) -> None:
         self.total, self.compute_capability = total, compute_capability
+        self.driver = (12, 6)
         self.calls: Counter[str] = Counter()
         self.buffers: dict[int, FakeBuffer] = {}
         self.pins: dict[int, NDArray[np.uint8]] = {}
         self.streams: dict[int, FakeStream] = {}
+        self.modules: list[FakeModule] = []
         self.reserved = 0  # bytes that a runtime took for itself
         self.depth = 0  # of `current`
         self.capturing = False
@@ -114,6 +119,15 @@ class FakeDevice:
         self.view(address, nbytes)
         self.enqueue(stream.handle, lambda: self.view(address, nbytes).fill(value))
 
+    def load_module(self, code: bytes) -> FakeModule:
+        assert not self.capturing, "a capture loads no code"
+        if not code.startswith(IMAGE):
+            raise BackendError("the driver does not take the kernels: no kernel image is available for the device")
+        self.calls["load_module"] += 1
+        module = FakeModule(self, ctypes.CDLL(code[len(IMAGE) :].rstrip(b"\0").decode()))
+        self.modules.append(module)
+        return module
+
     def enqueue(self, handle: int, work: Work) -> None:
         stream = self.streams[handle]
         (stream.queue if stream.captured is None else stream.captured).append(work)
@@ -123,6 +137,8 @@ class FakeDevice:
             buffer.free()
         self.pins.clear()
         self.streams.clear()
+        for module in list(self.modules):
+            module.free()
         self.closed = True
 
 
@@ -183,6 +199,51 @@ class FakeGraph:
     def free(self) -> None:
         self.freed = True
         self._work = []
+
+
+class FakeModule:
+    """Kernels that were compiled for the CPU: see tests/kernels/host.py."""
+
+    def __init__(self, device: FakeDevice, library: ctypes.CDLL) -> None:
+        self.device, self.library = device, library
+
+    def kernel(self, name: str, block: tuple[int, int, int], shared_memory: int = 0) -> FakeKernel:
+        if not hasattr(self.library, f"ve_host_{name}"):
+            raise BackendError(f"cannot use kernel {name}: named symbol not found")
+        return FakeKernel(self, name, block, shared_memory)
+
+    def free(self) -> None:
+        if self in self.device.modules:
+            self.device.modules.remove(self)
+
+
+@dataclass(frozen=True)
+class FakeKernel:
+    module: FakeModule
+    name: str
+    block: tuple[int, int, int]
+    shared_memory: int
+
+    def prepare(self, grid: tuple[int, int, int], arguments: bytes) -> FakeLaunch:
+        return FakeLaunch(self, grid, arguments)
+
+
+@dataclass(frozen=True)
+class FakeLaunch:
+    kernel: FakeKernel
+    grid: tuple[int, int, int]
+    arguments: bytes
+
+    def launch(self, stream: Stream) -> None:
+        device = self.kernel.module.device
+        assert device.depth, "a launch needs the device to be current"
+        device.calls["kernel"] += 1
+        device.enqueue(stream.handle, self._run)
+
+    def _run(self) -> None:
+        kernel = self.kernel
+        assert kernel.module in kernel.module.device.modules, "the module was freed"
+        call(kernel.module.library, kernel.name, self.grid, kernel.block, kernel.shared_memory, self.arguments)
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:

@@ -26,6 +26,7 @@ POISON = 0xFF  # NaN as float16 and float32
 ALIGNMENT = 16  # of every array, which a vector access needs
 FLAGS = ("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off")
 WARNINGS = ("-Wall", "-Werror", "-Wno-unknown-pragmas")
+IMAGE = b"VEHOSTSO:"  # begins what fake devices load; fake_driver/ says the same
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -101,6 +102,10 @@ class Compiled:
                 raise HostError(done.stderr)
         return path
 
+    def image(self, file: str) -> bytes:
+        """As a device on the host loads it: `IMAGE` and the path of the .so."""
+        return IMAGE + str(self.library(file)).encode() + b"\0"
+
     def load(self, file: str) -> ctypes.CDLL:
         if file not in self._libraries:
             self._libraries[file] = ctypes.CDLL(str(self.library(file)))
@@ -133,13 +138,11 @@ class HostKernels:
         for buffer in constants:
             buffer.make_const(True)
         try:
-            failed = _call(library, kernel, launch, ORDERS.index(self.order))
+            packed = kernel.pack(launch.arguments)
+            call(library, kernel.name, launch.grid, kernel.block, kernel.shared_memory, packed, self.order)
         finally:
             for buffer in constants:
                 buffer.make_const(False)
-        if failed:
-            library.ve_host_message.restype = ctypes.c_char_p
-            raise HostError(f"{launch.kernel}: {library.ve_host_message().decode()}")
         for buffer in self._buffers:
             buffer.check()
         counted = (ctypes.c_ulonglong * 3)()
@@ -160,18 +163,24 @@ class HostKernels:
         return sorted(read - written, key=lambda buffer: buffer.address)
 
 
-def _call(library: ctypes.CDLL, kernel: Kernel, launch: Launch, order: int) -> int:
-    """Call the kernel's host twin with its arguments where a packed launch has them. The result is not 0 on failure."""
-    packed = ctypes.create_string_buffer(kernel.pack(launch.arguments))
-    offsets = (ctypes.c_uint * (len(launch.arguments) + 1))()
-    count = getattr(library, f"ve_args_{kernel.name}")(offsets)
-    if count != len(launch.arguments) or offsets[count] != len(packed.raw) - 1:
-        raise HostError(
-            f"{kernel.name}: the source takes {count} arguments in {offsets[count]} bytes, not the manifest's"
-        )
-    base = ctypes.addressof(packed)
-    pointers = (ctypes.c_void_p * count)(*[base + offset for offset in offsets[:count]])
-    grid, block = (ctypes.c_uint * 3)(*launch.grid), (ctypes.c_uint * 3)(*kernel.block)
-    return getattr(library, f"ve_host_{kernel.name}")(
-        grid, block, ctypes.c_size_t(kernel.shared_memory), pointers, ctypes.c_int(order)
-    )
+def call(
+    library: ctypes.CDLL,
+    name: str,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    shared_memory: int,
+    packed: bytes,
+    order: Order = "forward",
+) -> None:
+    """Call a kernel's host twin with its arguments where a packed launch has them. Raises HostError."""
+    offsets = (ctypes.c_uint * 64)()
+    count = getattr(library, f"ve_args_{name}")(offsets)
+    if offsets[count] != len(packed):
+        raise HostError(f"{name}: the source takes {count} arguments in {offsets[count]} bytes, not {len(packed)}")
+    held = ctypes.create_string_buffer(packed)
+    pointers = (ctypes.c_void_p * count)(*[ctypes.addressof(held) + offset for offset in offsets[:count]])
+    sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)
+    function = getattr(library, f"ve_host_{name}")
+    if function(*sizes, ctypes.c_size_t(shared_memory), pointers, ctypes.c_int(ORDERS.index(order))):
+        library.ve_host_message.restype = ctypes.c_char_p
+        raise HostError(f"{name}: {library.ve_host_message().decode()}")
