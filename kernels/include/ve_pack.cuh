@@ -11,6 +11,10 @@ constexpr int VE_TILE = 16;    // rows
 constexpr int VE_CHUNK = 64;   // inputs
 constexpr int VE_GROUP = 128;  // inputs
 
+// Where 16-byte unit 0..7 of a row of 128 bytes lies in shared memory. Eight lanes read units 4 run + {0..3} of rows r and
+// r + 1 at once, r even: the last bit of the row parts the two in different halves of the banks. A copy writes whole rows.
+__device__ __forceinline__ int ve_swizzle(int row, int unit) { return unit ^ ((row & 1) << 2 | (row >> 1 & 3)); }
+
 // The B operand of a chunk's four steps: what a lane wants of one row of x, in two runs of eight halves.
 struct VeInputs {
   unsigned words[8];
