@@ -13,6 +13,7 @@ from pathlib import Path
 
 from vila_edge import fsio
 from vila_edge.errors import BackendError
+from vila_edge.kernels.cuobjdump import Resources
 from vila_edge.kernels.manifest import Manifest
 from vila_edge.kernels.nvrtc import OPTIONS, SOURCE_LIMIT
 from vila_edge.plain import from_plain
@@ -28,16 +29,6 @@ class Shipped:
 
     name: str
     sha256: str
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a kernel takes of a GPU: registers of a thread; bytes of stack and local memory, which are to be none."""
-
-    registers: int
-    stack: int
-    local: int
-    shared: int  # static
 
 
 @dataclass(frozen=True)
