@@ -29,7 +29,7 @@ struct VeEpilogue {
   // Stores row m of the batch for rows g (a) and g + 8 (b) of a tile.
   __device__ __forceinline__ void finish(int tile, int g, int m, float a, float b) const {
     if (bias) a += bias[tile * 16 + g], b += bias[tile * 16 + g + 8];
-    if (swiglu) return put(m, tile * 8 + g, a / (1.f + __expf(-a)) * b);
+    if (swiglu) return put(m, tile * 8 + g, __fdividef(a, 1.f + __expf(-a)) * b);
     if (tile >= rotated_tiles) {
       put(m, tile * 16 + g, a);
       put(m, tile * 16 + g + 8, b);

@@ -19,23 +19,21 @@ struct VeRms {
   float eps, scale;
 };
 
-// Eight halves of row m, or zeros where there is no such row or input.
-__device__ __forceinline__ uint4 ve_load_x(const __half* x, int m, int batch, int first, int k) {
-  if (m >= batch || first >= k) return uint4{0, 0, 0, 0};
-  return __ldg(reinterpret_cast<const uint4*>(x + (size_t)m * k + first));
+// The squares of eight halves, added to `sum`.
+__device__ __forceinline__ void ve_add_squares(float& sum, const uint4& v) {
+  const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 f = __half22float2(ve_bits<__half2>(words[i]));
+    sum += f.x * f.x;
+    sum += f.y * f.y;
+  }
 }
-
-// Multiplies eight halves by gamma, and adds their squares to `squares`.
-__device__ __forceinline__ uint4 ve_fold_gamma(const uint4& v, const __half* gamma, float& squares) {
-  const uint4 by = __ldg(reinterpret_cast<const uint4*>(gamma));
+__device__ __forceinline__ uint4 ve_multiply(const uint4& v, const uint4& by) {
   const unsigned x[4] = {v.x, v.y, v.z, v.w}, factor[4] = {by.x, by.y, by.z, by.w};
   unsigned result[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 f = __half22float2(ve_bits<__half2>(x[i]));
-    squares += f.x * f.x + f.y * f.y;
-    result[i] = ve_bits<unsigned>(__hmul2(ve_bits<__half2>(x[i]), ve_bits<__half2>(factor[i])));
-  }
+  for (int i = 0; i < 4; ++i) result[i] = ve_bits<unsigned>(__hmul2(ve_bits<__half2>(x[i]), ve_bits<__half2>(factor[i])));
   return uint4{result[0], result[1], result[2], result[3]};
 }
 
@@ -45,13 +43,23 @@ __device__ __forceinline__ void ve_gemv(const Weight& weight, const __half* x, c
   constexpr int WARPS = VE_GEMV_WARPS, BATCH = VE_GEMV_BATCH;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, first_tile = blockIdx.x * R;
   typename Weight::Group ring[SLOTS][R];
-  float sums[R][4] = {}, squares = 0.f;
+  VE_SHARED(float, partial, WARPS * R * VE_TILE * BATCH);  // [warp][tile][row][m]
+  VE_SHARED(float, squares, RMS ? WARPS * BATCH : 1);       // [warp][m]
+  float sums[R][4] = {};
 
 #pragma unroll
   for (int slot = 0; slot < SLOTS; ++slot)
 #pragma unroll
     for (int r = 0; r < R; ++r)
       if (warp + slot * WARPS < weight.groups) ring[slot][r] = weight.fetch(first_tile + r, warp + slot * WARPS, lane);
+
+  if (RMS)  // while the first weights are on their way
+    for (int m = 0; m < batch; ++m) {
+      float sum = 0.f;
+      for (int i = threadIdx.x; i < k / 8; i += WARPS * 32) ve_add_squares(sum, __ldg(reinterpret_cast<const uint4*>(x) + m * (k / 8) + i));
+      sum = ve_lane_sum(sum);
+      if (lane == 0) squares[warp * BATCH + m] = sum;
+    }
 
   for (int first = warp; first < weight.groups; first += WARPS * SLOTS) {
 #pragma unroll
@@ -65,8 +73,11 @@ __device__ __forceinline__ void ve_gemv(const Weight& weight, const __half* x, c
 #pragma unroll
         for (int run = 0; run < 2; ++run) {
           const int at = group * VE_GROUP + chunk * VE_CHUNK + run * 32 + t * 8;
-          uint4 v = ve_load_x(x, g, batch, at, k);
-          if (RMS && at < k) v = ve_fold_gamma(v, rms.gamma + at, squares);
+          uint4 v{0, 0, 0, 0};
+          if (g < batch && (!Weight::FILLED_UP || at < k)) {
+            v = __ldg(reinterpret_cast<const uint4*>(x + (size_t)g * k + at));
+            if (RMS) v = ve_multiply(v, __ldg(reinterpret_cast<const uint4*>(rms.gamma + at)));
+          }
           inputs.set(run, v);
         }
 #pragma unroll
@@ -88,17 +99,11 @@ __device__ __forceinline__ void ve_gemv(const Weight& weight, const __half* x, c
     }
   }
 
-  VE_SHARED(float, partial, WARPS * R * VE_TILE * BATCH);  // [warp][tile][row][m]
-  VE_SHARED(float, partial_squares, WARPS * BATCH);
 #pragma unroll
   for (int r = 0; r < R; ++r)
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       partial[((warp * R + r) * VE_TILE + g + e / 2 * 8) * BATCH + 2 * t + e % 2] = sums[r][e];
-  if (RMS) {  // the four lanes of a g saw inputs of their own of row g
-    squares = ve_lane_sum<4>(squares);
-    if (t == 0) partial_squares[warp * BATCH + g] = squares;
-  }
   __syncthreads();
 
   for (int i = threadIdx.x; i < R * 8 * BATCH; i += WARPS * 32) {
@@ -113,7 +118,7 @@ __device__ __forceinline__ void ve_gemv(const Weight& weight, const __half* x, c
     if (RMS) {
       float sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += partial_squares[w * BATCH + m];
+      for (int w = 0; w < WARPS; ++w) sum += squares[w * BATCH + m];
       factor = rms.scale * rsqrtf(sum / (float)k + rms.eps);
     }
     epilogue.finish(first_tile + r, row, m, a * factor, b * factor);

@@ -27,9 +27,9 @@ struct VeInputs {
 //   bits 0, 16: (g, k0), (g, k1)   4, 20: (g+8, k0), (g+8, k1)   8, 24: (g, k2), (g, k3)   12, 28: (g+8, k2), (g+8, k3)
 // 0x6400 is 1024 as a half, whose last bits count ones: or-ed into them q is 1024 + q, and 16 q is 1024 + 16 q. All exact.
 struct VeZeros4 {
-  __half2 low, high;  // 1024 + zero of row g; -(64 + zero) of row g + 8
+  __half2 low, high;  // 1024 + zero of row g; -(64 + zero) of row g + 8, where the last bits count sixteenths
   __device__ __forceinline__ explicit VeZeros4(uchar2 zeros)
-      : low(ve_bits<__half2>(0x64006400u + zeros.x * 0x00010001u)), high(__float2half2_rn(-(float)(64 + zeros.y))) {}
+      : low(ve_bits<__half2>(0x64006400u + zeros.x * 0x00010001u)), high(ve_bits<__half2>(0xd400d400u + zeros.y * 0x00100010u)) {}
 };
 __device__ __forceinline__ void ve_unpack4(unsigned (&a)[4], unsigned word, const VeZeros4& zeros) {
   const __half2 sixteenth = __float2half2_rn(0.0625f);
@@ -57,6 +57,7 @@ __device__ __forceinline__ void ve_unpack8(unsigned (&a)[4], const unsigned (&wo
 
 // A weight of 4 bits in memory: qweight [tiles, chunks, 32 lanes, 4 steps] u32, scales and zeros [tiles, groups, 8, 2].
 struct VeWeight4 {
+  static constexpr bool FILLED_UP = false;  // x has a value for every input of every group
   const uint4* qweight;
   const __half2* scales;
   const uchar2* zeros;
@@ -84,6 +85,7 @@ struct VeWeight4 {
 
 // A weight of 8 bits in memory: qweight [tiles, chunks, 2 halves of the steps, 32 lanes, 4] u32, scales as above.
 struct VeWeight8 {
+  static constexpr bool FILLED_UP = true;  // the last group may have inputs that x has not
   const uint4* qweight;
   const __half2* scales;
   int groups;

@@ -27,24 +27,22 @@ struct VeGemm {
   const __half* x;
   int k, m, tiles, first_tile, first_token;
 
+  // What is beyond the last row or token is not read: its copies write zeros.
   __device__ __forceinline__ void load(Stage& stage, int chunk) const {
     const int thread = threadIdx.x, groups = k / VE_GROUP;
+    const uint4* q = qweight + ((size_t)(first_tile + thread / 32) * (2 * groups) + chunk) * 32 + thread % 32;
 #pragma unroll
-    for (int part = 0; part < TILES * 32 / THREADS; ++part) {
-      const int i = part * THREADS + thread, tile = first_tile + i / 32;
-      const bool there = tile < tiles;
-      ve_cp_async16(&stage.q[0][0] + i, qweight + (there ? ((size_t)tile * groups * 2 + chunk) * 32 + i % 32 : 0), there);
-    }
+    for (int part = 0; part < TILES * 32 / THREADS; ++part, q += (size_t)(THREADS / 32) * groups * 64)
+      ve_cp_async16(&stage.q[thread / 32 + part * (THREADS / 32)][thread % 32], q, first_tile + thread / 32 + part * (THREADS / 32) < tiles);
+    const int row = thread / 8, unit = ve_swizzle(row, thread % 8);  // THREADS / 8 rows further on the swizzle is the same
+    const __half* from = x + (size_t)(first_token + row) * k + chunk * VE_CHUNK + thread % 8 * 8;
 #pragma unroll
-    for (int part = 0; part < TOKENS * 8 / THREADS; ++part) {
-      const int i = part * THREADS + thread, row = i / 8, unit = i % 8, token = first_token + row;
-      const bool there = token < m;
-      ve_cp_async16(&stage.x[row][ve_swizzle(row, unit)], x + (there ? (size_t)token * k + chunk * VE_CHUNK + unit * 8 : 0), there);
-    }
+    for (int part = 0; part < TOKENS * 8 / THREADS; ++part, from += (size_t)(THREADS / 8) * k)
+      ve_cp_async16(&stage.x[row + part * (THREADS / 8)][unit], from, first_token + row + part * (THREADS / 8) < m);
     if (thread < TILES * 3) {  // of a tile 32 bytes of scales, 16 of zeros
       const int tile = thread / 3, part = thread % 3;
       const bool there = first_tile + tile < tiles;
-      const size_t at = there ? ((size_t)(first_tile + tile) * groups + chunk / 2) * 8 : 0;
+      const size_t at = ((size_t)(first_tile + tile) * groups + chunk / 2) * 8;
       if (part < 2) ve_cp_async16(&stage.scales[tile][4 * part], scales + at + 4 * part, there);
       else ve_cp_async16(&stage.zeros[tile][0], zeros + at, there);
     }
@@ -67,8 +65,7 @@ struct VeGemm {
       }
 #pragma unroll
       for (int n = 0; n < N8; ++n) {
-        const int row = token + n * 8 + g;
-        const uint4 b = ve_ld_shared(&stage.x[row][ve_swizzle(row, 4 * run + t)]);
+        const uint4 b = ve_ld_shared(&stage.x[token + n * 8 + g][ve_swizzle(g, 4 * run + t)]);
 #pragma unroll
         for (int i = 0; i < WARP_TILES; ++i) ve_mma16816(sums[i][n], a[i][0], b.x, b.y);
 #pragma unroll
