@@ -12,7 +12,7 @@
   }                                                                                                                         \
   VE_EXPORT(name)
 VE_GEMV_W8A16(ve_gemv_w8a16_r1, 1, 2, 3)
-VE_GEMV_W8A16(ve_gemv_w8a16_r2, 2, 1, 2)
+VE_GEMV_W8A16(ve_gemv_w8a16_r2, 2, 2, 2)
 
 #define VE_GEMV_W8A16_RMS(name, R, SLOTS, BLOCKS)                                                                           \
   extern "C" __global__ void __launch_bounds__(VE_GEMV_WARPS * 32, BLOCKS)                                                  \
@@ -24,4 +24,4 @@ VE_GEMV_W8A16(ve_gemv_w8a16_r2, 2, 1, 2)
   }                                                                                                                         \
   VE_EXPORT(name)
 VE_GEMV_W8A16_RMS(ve_gemv_w8a16_rms_r1, 1, 2, 3)
-VE_GEMV_W8A16_RMS(ve_gemv_w8a16_rms_r2, 2, 1, 2)
+VE_GEMV_W8A16_RMS(ve_gemv_w8a16_rms_r2, 2, 2, 2)

@@ -25,8 +25,9 @@ def test_a_product_is_right_to_its_last_rounding(shuffled: HostKernels, kind: st
     rng = np.random.default_rng(n + k + m)
     weight, x = random_int4(rng, n, k), halves(rng, m, k)
     y, stats = multiply(shuffled, kind, put_weight(shuffled, weight, plain_order(n)), x, Epilogue(n))
-    product(dequantize(weight), x).check(y)
-    assert stats.bank_conflicts == 0
+    exact = product(dequantize(weight), x)
+    exact.check(y)
+    assert exact.times_rounding(y) < 1.02 and stats.bank_conflicts == 0
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
