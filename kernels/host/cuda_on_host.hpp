@@ -1,8 +1,8 @@
-// CUDA on a CPU, as far as the kernels here use it: their sources compile with g++ and run in tests and on the fake driver.
+// CUDA on a CPU, as far as the kernels here use it: their sources compile with g++, for tests and the fake driver.
 //
 // Made to find mistakes, not to be fast. Shared memory starts as poison. cp.async lands as late as the rules allow (at
-// ve_cp_wait), in reverse order as early as they allow (at once). Bank conflicts of ldmatrix and ve_ld_shared are counted.
-// One barrier interval runs thread by thread, so only races that an order shows are seen: run three orders.
+// ve_cp_wait), in reverse order as early as they allow (at once). Bank conflicts of ldmatrix and ve_ld_shared are
+// counted. One barrier interval runs thread by thread, so only races that an order shows are seen: run three orders.
 #pragma once
 #include "fibers.hpp"
 
@@ -16,10 +16,10 @@
 
 // __shared__ itself is not here: VE_SHARED can be poisoned, by the first thread of each block that comes along.
 #define VE_DYN_SMEM(name) unsigned char* name = ve_host::dynamic_shared
-#define VE_SHARED(type, name, count)                \
-  alignas(128) static type name[count];             \
-  static unsigned name##_block;                     \
-  if (name##_block != ve_host::block_number) memset((void*)name, 0xFF, sizeof name), name##_block = ve_host::block_number
+#define VE_SHARED(type, name, count)    \
+  alignas(128) static type name[count]; \
+  static unsigned name##_last_block;    \
+  ve_host::poison_once(name, sizeof name, name##_last_block)
 
 inline void __syncthreads(unsigned line = __builtin_LINE()) { ve_host::block_barrier(line); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { ve_host::warp_barrier(mask, "__syncwarp"); }
@@ -34,9 +34,13 @@ inline T shuffle(T value, unsigned source, unsigned mask) {
 }
 }  // namespace ve_host
 template <class T>
-inline T __shfl_sync(unsigned mask, T value, int source, int = 32) { return ve_host::shuffle(value, source, mask); }
+inline T __shfl_sync(unsigned mask, T value, int source, int = 32) {
+  return ve_host::shuffle(value, source, mask);
+}
 template <class T>
-inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int = 32) { return ve_host::shuffle(value, ve_host::current->lane ^ lanes, mask); }
+inline T __shfl_xor_sync(unsigned mask, T value, int lanes, int = 32) {
+  return ve_host::shuffle(value, ve_host::current->lane ^ lanes, mask);
+}
 template <class T>
 inline T __shfl_down_sync(unsigned mask, T value, int lanes, int = 32) {
   const unsigned lane = ve_host::current->lane, source = lane + lanes;
@@ -55,7 +59,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 // ---- the twins of ve_ptx.cuh ---------------------------------------------------------------------------------------
 inline unsigned ve_lop3_and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
-inline uint4 ve_ld_stream(const uint4* p) { ve_host::must_be_aligned(p, 16); return *p; }
+inline uint4 ve_ld_stream(const uint4* p) {
+  ve_host::must_be_aligned(p, 16);
+  return *p;
+}
 
 namespace ve_host {
 // Eight lanes read 128 bytes at once if they meet in no bank, or in the same word.
@@ -64,7 +71,8 @@ inline void count_conflicts(const uintptr_t* address, int lanes) {
     ++stats.shared_reads;
     bool conflict = false;
     for (int i = first; i < first + 8; ++i)
-      for (int j = first; j < i; ++j) conflict |= address[i] != address[j] && address[i] / 16 % 8 == address[j] / 16 % 8;
+      for (int j = first; j < i; ++j)
+        conflict |= address[i] != address[j] && address[i] / 16 % 8 == address[j] / 16 % 8;
     stats.bank_conflicts += conflict;
   }
 }
@@ -132,10 +140,11 @@ inline void ve_mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsi
 }
 
 // How tests and the fake driver call a kernel: `order` is of ve_host::Order, the result of ve_host::Result.
-#define VE_EXPORT(name)                                                                                                     \
-  extern "C" unsigned ve_args_##name(unsigned* offsets) { return ve_host::argument_offsets(name, offsets); }                \
-  extern "C" int ve_host_##name(const unsigned* grid, const unsigned* block, size_t shared, void** arguments, int order) { \
-    return ve_host::launch(name, grid, block, shared, arguments, order);                                                    \
+#define VE_EXPORT(name)                                                                                       \
+  extern "C" unsigned ve_args_##name(unsigned* offsets) { return ve_host::argument_offsets(name, offsets); }  \
+  extern "C" int ve_host_##name(const unsigned* grid, const unsigned* block, size_t shared, void** arguments, \
+                                int order) {                                                                  \
+    return ve_host::launch(name, grid, block, shared, arguments, order);                                      \
   }
 // Of the last launch: fiber switches, reads of 128 bytes of shared memory by eight lanes, and how many met in a bank.
 extern "C" __attribute__((weak)) void ve_host_stats(unsigned long long* out) {

@@ -22,7 +22,11 @@ enum State : uint8_t { RUNS, WAITS_FOR_WARP, WAITS_FOR_BLOCK, DONE };
 enum Result { OK = 0, DIVERGENCE = 1, FAULT = 2, BROKEN_RULE = 3 };
 enum Order { FORWARD = 0, REVERSE = 1, SHUFFLED = 2 };
 
-struct Copy { void* to; const void* from; bool pred; };  // a cp.async on its way
+struct Copy {  // a cp.async on its way
+  void* to;
+  const void* from;
+  bool pred;
+};
 struct Fiber {
   uint3 index;
   unsigned lane, warp, shared_reads;
@@ -38,13 +42,18 @@ struct Fiber {
 };
 struct Warp {
   unsigned lanes, arrived;
-  const char* collective;                             // that the lanes which arrived are in
-  alignas(16) unsigned char slot[2][32][64];          // what the lanes of a collective hand in, by parity
-  struct { unsigned lanes; uintptr_t address[32]; } reads[256];  // of ve_ld_shared, until all lanes are there
+  const char* collective;                     // that the lanes which arrived are in
+  alignas(16) unsigned char slot[2][32][64];  // what the lanes of a collective hand in, by parity
+  struct {
+    unsigned lanes;
+    uintptr_t address[32];
+  } reads[256];  // of ve_ld_shared, until all lanes are there
 };
 
 constexpr size_t STACK = 256 * 1024, PAGE = 4096;
-inline struct { unsigned long long switches, shared_reads, bank_conflicts; } stats;
+inline struct {
+  unsigned long long switches, shared_reads, bank_conflicts;
+} stats;
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline unsigned live, block_threads, at_barrier, barrier_line, block_number;
@@ -62,14 +71,17 @@ inline char message[256];
 // Ends the launch with a message that says which thread.
 [[noreturn]] inline void fail(Result result, const char* what, uintptr_t address = 0) {
   const uint3 t = current->index, b = blockIdx;
-  const int end = snprintf(message, sizeof message, "%s in block (%u, %u, %u), thread (%u, %u, %u)", what, b.x, b.y, b.z, t.x, t.y, t.z);
+  const int end = snprintf(message, sizeof message, "%s in block (%u, %u, %u), thread (%u, %u, %u)", what, b.x, b.y,
+                           b.z, t.x, t.y, t.z);
   if (address) snprintf(message + end, sizeof message - end, ", address %#llx", (unsigned long long)address);
   siglongjmp(out_of_launch, result);
 }
 inline void must_be_aligned(const void* p, size_t bytes) {
   if ((uintptr_t)p % bytes) fail(BROKEN_RULE, "a vector access is not aligned", (uintptr_t)p);
 }
-inline void on_signal(int, siginfo_t* info, void*) { fail(FAULT, "an access out of bounds, or a write to a const argument", (uintptr_t)info->si_addr); }
+inline void on_signal(int, siginfo_t* info, void*) {
+  fail(FAULT, "an access out of bounds, or a write to a const argument", (uintptr_t)info->si_addr);
+}
 
 inline void yield() {
   ++stats.switches;
@@ -93,7 +105,7 @@ inline void release_block() {
   for (auto& f : fibers)
     if (f.state == WAITS_FOR_BLOCK) f.state = RUNS;
 }
-// All lanes of `mask` must come, to the same collective. On a GPU a lane that has left would not hang, but it is a mistake.
+// All lanes of `mask` must come, to the same collective. A lane that has left hangs no GPU, but it is a mistake.
 inline void warp_barrier(unsigned mask, const char* name) {
   Warp& w = warps[current->warp];
   if (!(mask >> current->lane & 1)) fail(BROKEN_RULE, "a lane is not in the mask of its own collective");
@@ -179,6 +191,12 @@ inline void run_block(unsigned threads) {
   }
 }
 
+// Poisons an array of static shared memory for the first thread of a block that comes along.
+inline void poison_once(void* array, size_t bytes, unsigned& last_block) {
+  if (last_block != block_number) memset(array, 0xFF, bytes);
+  last_block = block_number;
+}
+
 // Pages whose ends are guarded, to hold `bytes` up against the upper guard.
 inline unsigned char* guarded(size_t bytes) {
   const size_t inside = (bytes + PAGE - 1) / PAGE * PAGE;
@@ -202,9 +220,13 @@ inline void call(void (*kernel)(A...), void** arguments, std::index_sequence<I..
 }
 // Runs the blocks of a grid one after another; the result is of `Result`, and `message` says more.
 template <class... A>
-inline int launch(void (*kernel)(A...), const unsigned* grid, const unsigned* block, size_t shared_bytes, void** arguments, int in_order) {
+inline int launch(void (*kernel)(A...), const unsigned* grid, const unsigned* block, size_t shared_bytes,
+                  void** arguments, int in_order) {
   static thread_local unsigned char signal_stack[64 * 1024];
-  struct Call { void (*kernel)(A...); void** arguments; } what{kernel, arguments};
+  struct Call {
+    void (*kernel)(A...);
+    void** arguments;
+  } what{kernel, arguments};
   entry_argument = &what;
   entry = [](void* p) { call(((Call*)p)->kernel, ((Call*)p)->arguments, std::index_sequence_for<A...>{}); };
   gridDim = {grid[0], grid[1], grid[2]}, blockDim = {block[0], block[1], block[2]};

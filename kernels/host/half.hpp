@@ -1,4 +1,4 @@
-// The vector types and half arithmetic of CUDA, on a CPU. Each operation rounds once, to nearest even, as the GPU's does.
+// The vector types and half arithmetic of CUDA, on a CPU. Each operation rounds once, to nearest even, as the GPU's.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// What becomes of a product before it is stored. Two values that meet (gate and up, both halves of a rotation) are rows g and
-// g + 8 of a tile, because the weight is packed so: they sit in one lane.
+// What becomes of a product before it is stored. Two values that meet (gate and up, both halves of a rotation) are rows
+// g and g + 8 of a tile, because the weight is packed so: they sit in one lane.
 #pragma once
 #include "ve_ptx.cuh"
 
@@ -9,16 +9,16 @@ __device__ __forceinline__ void ve_store(float* p, float v) { *p = v; }
 // Every address but y may be null: then that step is left out.
 template <class Y>
 struct VeEpilogue {
-  const float* bias;        // [tiles, 16], in the order in which rows are packed
-  const __half* residual;   // [m, n], added last; may be y
-  const float* cosines;     // [positions, head_dim / 2]
+  const float* bias;       // [tiles, 16], in the order in which rows are packed
+  const __half* residual;  // [m, n], added last; may be y
+  const float* cosines;    // [positions, head_dim / 2]
   const float* sines;
-  const int* positions;     // [m]
-  Y* y;                     // [m, n]
-  int n;                    // columns of y
-  int swiglu;               // not 0: rows g are gates, rows g + 8 what they let through
-  int head_dim;             // a multiple of 16
-  int rotated_tiles;        // the first tiles, of whole heads, are rotated
+  const int* positions;  // [m]
+  Y* y;                  // [m, n]
+  int n;                 // columns of y
+  int swiglu;            // not 0: rows g are gates, rows g + 8 what they let through
+  int head_dim;          // a multiple of 16
+  int rotated_tiles;     // the first tiles, of whole heads, are rotated
 
   __device__ __forceinline__ void put(int m, int column, float v) const {
     if (column >= n) return;

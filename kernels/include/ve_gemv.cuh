@@ -1,8 +1,9 @@
-// y[m, n] = sum_k w[n, k] x[m, k] for m of 1 to 8, a read of the weights: they are the A operand of the mma, x is B, so that a
-// batch of 8 costs the tensor cores what a batch of 1 does, and a row's result does not depend on the others.
+// y[m, n] = sum_k w[n, k] x[m, k] for m of 1 to 8, a read of the weights: they are the A operand of the mma, x is B, so
+// that a batch of 8 costs the tensor cores what a batch of 1 does, and a row's result does not depend on the others.
 //
-// The warps of a block take the groups of its R tiles in turn, each with SLOTS groups on their way in registers. Sums are of
-// integers times halves, in fp32; a group's scale is applied to its sum. Partial sums of the warps meet in shared memory.
+// The warps of a block take the groups of its R tiles in turn, each with SLOTS groups on their way in registers. Sums
+// are of integers times halves, in fp32; a group's scale is applied to its sum. Partial sums of the warps meet in
+// shared memory.
 #pragma once
 #include "ve_epilogue.cuh"
 #include "ve_pack.cuh"
@@ -11,9 +12,9 @@
 constexpr int VE_GEMV_WARPS = 8;
 constexpr int VE_GEMV_BATCH = 8;
 
-// RMSNorm of x on the way: gamma times x is rounded to a half, as a norm by itself rounds its result; 1 / rms, the same for a
-// row of the batch, is applied to the sum. gamma comes divided by a power of two, `scale`, which leaves nothing above 1: x
-// can then not overflow.
+// RMSNorm of x on the way: gamma times x is rounded to a half, as a norm by itself rounds its result; 1 / rms, the same
+// for a row of the batch, is applied to the sum. gamma comes divided by a power of two, `scale`, which leaves nothing
+// above 1: x can then not overflow.
 struct VeRms {
   const __half* gamma;  // [k]
   float eps, scale;
@@ -33,18 +34,19 @@ __device__ __forceinline__ uint4 ve_multiply(const uint4& v, const uint4& by) {
   const unsigned x[4] = {v.x, v.y, v.z, v.w}, factor[4] = {by.x, by.y, by.z, by.w};
   unsigned result[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) result[i] = ve_bits<unsigned>(__hmul2(ve_bits<__half2>(x[i]), ve_bits<__half2>(factor[i])));
+  for (int i = 0; i < 4; ++i)
+    result[i] = ve_bits<unsigned>(__hmul2(ve_bits<__half2>(x[i]), ve_bits<__half2>(factor[i])));
   return uint4{result[0], result[1], result[2], result[3]};
 }
 
 template <int R, int SLOTS, bool RMS, class Weight, class Y>
-__device__ __forceinline__ void ve_gemv(const Weight& weight, const __half* x, const VeRms& rms, const VeEpilogue<Y>& epilogue,
-                                        int k, int batch) {
+__device__ __forceinline__ void ve_gemv(const Weight& weight, const __half* x, const VeRms& rms,
+                                        const VeEpilogue<Y>& epilogue, int k, int batch) {
   constexpr int WARPS = VE_GEMV_WARPS, BATCH = VE_GEMV_BATCH;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, first_tile = blockIdx.x * R;
   typename Weight::Group ring[SLOTS][R];
   VE_SHARED(float, partial, WARPS * R * VE_TILE * BATCH);  // [warp][tile][row][m]
-  VE_SHARED(float, squares, RMS ? WARPS * BATCH : 1);       // [warp][m]
+  VE_SHARED(float, squares, RMS ? WARPS * BATCH : 1);      // [warp][m]
   float sums[R][4] = {};
 
 #pragma unroll
@@ -56,7 +58,8 @@ __device__ __forceinline__ void ve_gemv(const Weight& weight, const __half* x, c
   if (RMS)  // while the first weights are on their way
     for (int m = 0; m < batch; ++m) {
       float sum = 0.f;
-      for (int i = threadIdx.x; i < k / 8; i += WARPS * 32) ve_add_squares(sum, __ldg(reinterpret_cast<const uint4*>(x) + m * (k / 8) + i));
+      for (int i = threadIdx.x; i < k / 8; i += WARPS * 32)
+        ve_add_squares(sum, __ldg(reinterpret_cast<const uint4*>(x) + m * (k / 8) + i));
       sum = ve_lane_sum(sum);
       if (lane == 0) squares[warp * BATCH + m] = sum;
     }

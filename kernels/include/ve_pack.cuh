@@ -1,9 +1,9 @@
 // Packed weights, and how a lane takes them apart. vila_edge/kernels/w4_layout.py and w8_layout.py write this layout.
 //
 // A tile is 16 rows of the weight: the A operand of mma.m16n8k16. A chunk is 64 inputs, four steps of an mma; a group,
-// two chunks, has a scale (and in 4 bits a zero point) for each row. Lane (g, t) = (lane / 4, lane % 4) holds rows g and
-// g + 8, and in step j inputs k0..k3 = 32 (j / 2) + 8 t + 4 (j % 2) + {0, 1, 2, 3} of the chunk. So the lane wants x as two
-// runs of eight halves, and the four lanes of a g read 64 bytes of x side by side.
+// two chunks, has a scale (and in 4 bits a zero point) for each row. Lane (g, t) = (lane / 4, lane % 4) holds rows g
+// and g + 8, and in step j inputs k0..k3 = 32 (j / 2) + 8 t + 4 (j % 2) + {0, 1, 2, 3} of the chunk. So the lane wants
+// x as two runs of eight halves, and the four lanes of a g read 64 bytes of x side by side.
 #pragma once
 #include "ve_ptx.cuh"
 
@@ -11,8 +11,9 @@ constexpr int VE_TILE = 16;    // rows
 constexpr int VE_CHUNK = 64;   // inputs
 constexpr int VE_GROUP = 128;  // inputs
 
-// Where 16-byte unit 0..7 of a row of 128 bytes lies in shared memory. Eight lanes read units 4 run + {0..3} of rows r and
-// r + 1 at once, r even: the last bit of the row parts the two in different halves of the banks. A copy writes whole rows.
+// Where 16-byte unit 0..7 of a row of 128 bytes lies in shared memory. Eight lanes read units 4 run + {0..3} of rows r
+// and r + 1 at once, r even: the last bit of the row parts the two in different halves of the banks. A copy writes
+// whole rows.
 __device__ __forceinline__ int ve_swizzle(int row, int unit) { return unit ^ ((row & 1) << 2 | (row >> 1 & 3)); }
 
 // The B operand of a chunk's four steps: what a lane wants of one row of x, in two runs of eight halves.
@@ -25,11 +26,12 @@ struct VeInputs {
 
 // q - zero of rows g and g + 8, from a word of a step:
 //   bits 0, 16: (g, k0), (g, k1)   4, 20: (g+8, k0), (g+8, k1)   8, 24: (g, k2), (g, k3)   12, 28: (g+8, k2), (g+8, k3)
-// 0x6400 is 1024 as a half, whose last bits count ones: or-ed into them q is 1024 + q, and 16 q is 1024 + 16 q. All exact.
+// 0x6400 is 1024 as a half, whose last bits count ones: q or-ed into them is 1024 + q, 16 q is 1024 + 16 q. All exact.
 struct VeZeros4 {
   __half2 low, high;  // 1024 + zero of row g; -(64 + zero) of row g + 8, where the last bits count sixteenths
   __device__ __forceinline__ explicit VeZeros4(uchar2 zeros)
-      : low(ve_bits<__half2>(0x64006400u + zeros.x * 0x00010001u)), high(ve_bits<__half2>(0xd400d400u + zeros.y * 0x00100010u)) {}
+      : low(ve_bits<__half2>(0x64006400u + zeros.x * 0x00010001u)),
+        high(ve_bits<__half2>(0xd400d400u + zeros.y * 0x00100010u)) {}
 };
 __device__ __forceinline__ void ve_unpack4(unsigned (&a)[4], unsigned word, const VeZeros4& zeros) {
   const __half2 sixteenth = __float2half2_rn(0.0625f);

@@ -42,7 +42,8 @@ __device__ __forceinline__ void ve_cp_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Four 8x8 matrices of halves: lane i names row i % 8 of matrix i / 8, and gets elements 2(i % 4), +1 of row i / 4 of each.
+// Four 8x8 matrices of halves: lane i names row i % 8 of matrix i / 8, and gets elements 2(i % 4), +1 of row i / 4 of
+// each.
 __device__ __forceinline__ void ve_ldmatrix_x4(unsigned (&r)[4], const void* p) {
   unsigned address = (unsigned)__cvta_generic_to_shared(p);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -51,13 +52,12 @@ __device__ __forceinline__ void ve_ldmatrix_x4(unsigned (&r)[4], const void* p) 
                : "memory");
 }
 
-// c[16, 8] += a[16, 16] b[16, 8], fp32 sums. Lane (g, t) = (lane / 4, lane % 4) holds c: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1);
-// a: (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..); b: (2t.., g), (2t+8.., g).
+// c[16, 8] += a[16, 16] b[16, 8], fp32 sums. Lane (g, t) = (lane / 4, lane % 4) holds c: (g, 2t), (g, 2t+1), (g+8, 2t),
+// (g+8, 2t+1); a: (g, 2t..), (g+8, 2t..), (g, 2t+8..), (g+8, 2t+8..); b: (2t.., g), (2t+8.., g).
 __device__ __forceinline__ void ve_mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #else
 #include "cuda_on_host.hpp"

@@ -10,8 +10,8 @@ __device__ __forceinline__ float ve_lane_sum(float v) {
   return v;
 }
 
-// The sum over a block of THREADS threads, in every one of them. `shared` holds THREADS / 32 floats, for this sum alone:
-// whoever uses it twice puts a barrier between.
+// The sum over a block of THREADS threads, in every one of them. `shared` holds THREADS / 32 floats, for this sum
+// alone: whoever uses it twice puts a barrier between.
 template <int THREADS>
 __device__ __forceinline__ float ve_block_sum(float v, float* shared) {
   v = ve_lane_sum(v);

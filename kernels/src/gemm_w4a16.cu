@@ -1,9 +1,9 @@
 // Prefill: y[m, n] = sum_k w[n, k] x[m, k] over the weight that decode reads, for any number of tokens m.
 //
-// A block computes 128 rows of the weight for TOKENS tokens; chunks of 64 inputs travel to shared memory in STAGES stages. The
-// weights stay the A operand of the mma. As in the GEMV sums are of integers times halves in fp32, and the scale of a group is
-// applied to its sum: nothing is rounded before the epilogue. That costs a second set of sums, and half the multiplications
-// of scaling the weights.
+// A block computes 128 rows of the weight for TOKENS tokens; chunks of 64 inputs travel to shared memory in STAGES
+// stages. The weights stay the A operand of the mma. As in the GEMV sums are of integers times halves in fp32, and the
+// scale of a group is applied to its sum: nothing is rounded before the epilogue. That costs a second set of sums, and
+// half the multiplications of scaling the weights.
 #include "ve_epilogue.cuh"
 #include "ve_pack.cuh"
 
@@ -12,14 +12,16 @@ struct VeGemm {
   static constexpr int TILES = 8, WARP_TILES = 4;  // of 16 rows: of a block, of a warp
   static constexpr int THREADS = 32 * (TILES / WARP_TILES) * (TOKENS / WARP_TOKENS);
   static constexpr int N8 = WARP_TOKENS / 8;
-  static constexpr int PITCH = TILES * VE_TILE + 4;  // floats between tokens of the result: four lanes t, four banks apart twice
+  // Floats between tokens of the result: lanes t store to tokens 2 t, eight banks apart, and lanes g fill these.
+  static constexpr int PITCH = TILES * VE_TILE + 4;
   struct Stage {
     uint4 q[TILES][32];
     __half2 scales[TILES][8];
     uchar2 zeros[TILES][8];
     uint4 x[TOKENS][8];  // units swizzled by ve_swizzle
   };
-  static_assert(sizeof(float) * TOKENS * PITCH <= sizeof(Stage) * STAGES, "the result passes through the stages' memory");
+  static_assert(sizeof(float) * TOKENS * PITCH <= sizeof(Stage) * STAGES,
+                "the result passes through the stages' memory");
 
   const uint4* qweight;
   const __half2* scales;
@@ -33,8 +35,9 @@ struct VeGemm {
     const uint4* q = qweight + ((size_t)(first_tile + thread / 32) * (2 * groups) + chunk) * 32 + thread % 32;
 #pragma unroll
     for (int part = 0; part < TILES * 32 / THREADS; ++part, q += (size_t)(THREADS / 32) * groups * 64)
-      ve_cp_async16(&stage.q[thread / 32 + part * (THREADS / 32)][thread % 32], q, first_tile + thread / 32 + part * (THREADS / 32) < tiles);
-    const int row = thread / 8, unit = ve_swizzle(row, thread % 8);  // THREADS / 8 rows further on the swizzle is the same
+      ve_cp_async16(&stage.q[thread / 32 + part * (THREADS / 32)][thread % 32], q,
+                    first_tile + thread / 32 + part * (THREADS / 32) < tiles);
+    const int row = thread / 8, unit = ve_swizzle(row, thread % 8);  // the same THREADS / 8 rows further on
     const __half* from = x + (size_t)(first_token + row) * k + chunk * VE_CHUNK + thread % 8 * 8;
 #pragma unroll
     for (int part = 0; part < TOKENS * 8 / THREADS; ++part, from += (size_t)(THREADS / 8) * k)
@@ -43,13 +46,14 @@ struct VeGemm {
       const int tile = thread / 3, part = thread % 3;
       const bool there = first_tile + tile < tiles;
       const size_t at = ((size_t)(first_tile + tile) * groups + chunk / 2) * 8;
-      if (part < 2) ve_cp_async16(&stage.scales[tile][4 * part], scales + at + 4 * part, there);
-      else ve_cp_async16(&stage.zeros[tile][0], zeros + at, there);
+      const void* from = part < 2 ? (const void*)(scales + at + 4 * part) : zeros + at;
+      ve_cp_async16(part < 2 ? (void*)&stage.scales[tile][4 * part] : &stage.zeros[tile][0], from, there);
     }
   }
 
   // Adds a chunk to the sums of its group.
-  __device__ __forceinline__ void multiply(const Stage& stage, float (&sums)[WARP_TILES][N8][4], int tile, int token) const {
+  __device__ __forceinline__ void multiply(const Stage& stage, float (&sums)[WARP_TILES][N8][4], int tile,
+                                           int token) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint4 q[WARP_TILES];
 #pragma unroll
@@ -127,16 +131,17 @@ struct VeGemm {
   }
 };
 
-#define VE_GEMM_W4A16(name, TOKENS, WARP_TOKENS, STAGES, BLOCKS)                                                             \
-  extern "C" __global__ void __launch_bounds__((VeGemm<TOKENS, WARP_TOKENS, STAGES>::THREADS), BLOCKS)                       \
-      name(const uint4* qweight, const __half2* scales, const uchar2* qzeros, const __half* x, const float* bias,            \
-           const __half* residual, const float* cosines, const float* sines, const int* positions, __half* y, int n, int k,  \
-           int m, int tiles, int swiglu, int head_dim, int rotated_tiles) {                                                  \
-    using Gemm = VeGemm<TOKENS, WARP_TOKENS, STAGES>;                                                                        \
-    const VeEpilogue<__half> epilogue{bias, residual, cosines, sines, positions, y, n, swiglu, head_dim, rotated_tiles};     \
-    const int first_tile = blockIdx.y * Gemm::TILES, first_token = blockIdx.x * TOKENS;                                      \
-    Gemm{qweight, scales, qzeros, x, k, m, tiles, first_tile, first_token}.run(epilogue);                                    \
-  }                                                                                                                          \
+#define VE_GEMM_W4A16(name, TOKENS, WARP_TOKENS, STAGES, BLOCKS)                                                     \
+  extern "C" __global__ void __launch_bounds__((VeGemm<TOKENS, WARP_TOKENS, STAGES>::THREADS), BLOCKS)               \
+      name(const uint4* qweight, const __half2* scales, const uchar2* qzeros, const __half* x, const float* bias,    \
+           const __half* residual, const float* cosines, const float* sines, const int* positions, __half* y, int n, \
+           int k, int m, int tiles, int swiglu, int head_dim, int rotated_tiles) {                                   \
+    using Gemm = VeGemm<TOKENS, WARP_TOKENS, STAGES>;                                                                \
+    const VeEpilogue<__half> epilogue{                                                                               \
+        bias, residual, cosines, sines, positions, y, n, swiglu, head_dim, rotated_tiles};                           \
+    const int first_tile = blockIdx.y * Gemm::TILES, first_token = blockIdx.x * TOKENS;                              \
+    Gemm{qweight, scales, qzeros, x, k, m, tiles, first_tile, first_token}.run(epilogue);                            \
+  }                                                                                                                  \
   VE_EXPORT(name)
 VE_GEMM_W4A16(ve_gemm_w4a16_128x128, 128, 32, 4, 1)
 VE_GEMM_W4A16(ve_gemm_w4a16_128x64, 64, 32, 4, 2)
