@@ -61,7 +61,7 @@ class Argument:
     @property
     def code(self) -> str:
         """As `struct` writes it."""
-        return "P" if self.pointer else _TYPES[self.type]
+        return "Q" if self.pointer else _TYPES[self.type]
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def _cuda_homes() -> list[tuple[str, Path]]:
 def _in_folder(folder: Path, headers: list[Path], where: str) -> Iterator[Found]:
     """Every libnvrtc.so.N there, not the ones with a different ABI (.alt) nor those of its parts."""
     for path in sorted(folder.glob("libnvrtc.so.*")):
-        if re.fullmatch(r"libnvrtc\.so\.\d+", path.name):
+        if re.fullmatch(r"libnvrtc\.so\.(\d+|11\.\d+)", path.name):
             yield Found(str(path), _with_header(headers), where)
 
 

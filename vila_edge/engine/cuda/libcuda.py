@@ -1,4 +1,4 @@
-"""The driver's own calls for what PyCUDA does not have, which is CUDA graphs."""
+"""The driver's own calls: for CUDA graphs, which PyCUDA does not have, and to give a context back, which it does by half."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Handle = ctypes.c_void_p
 
 
 class Libcuda:
-    """The driver's own calls for graphs. Each raises BackendError that names the call."""
+    """Its functions by name. Each raises BackendError that names the call."""
 
     def __init__(self) -> None:
         try:
@@ -29,6 +29,12 @@ class Libcuda:
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(result, ctypes.byref(text))
             raise BackendError(f"{name} failed: {(text.value or b'no reason given').decode()} ({result})")
+
+    def pop_context(self) -> None:
+        self("cuCtxPopCurrent_v2", ctypes.byref(Handle()))
+
+    def release_primary_context(self, index: int) -> None:
+        self("cuDevicePrimaryCtxRelease_v2", ctypes.c_int(index))
 
     def begin_capture(self, stream: int) -> None:
         self("cuStreamBeginCapture_v2", Handle(stream), ctypes.c_int(CAPTURE_THREAD_LOCAL))

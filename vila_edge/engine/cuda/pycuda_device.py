@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -72,6 +73,7 @@ class PycudaDevice:
             version = drv.get_driver_version()
             self.driver: tuple[int, int] = (version // 1000, version % 1000 // 10)
             self._context = device.retain_primary_context()
+        self._index, self._thread = index, threading.get_ident()
         self.owned: dict[Owned, None] = {}  # what is handed out, in the order of its making
         self._pinned: dict[int, Owned] = {}  # address of an array -> its memory
         self._open = True
@@ -167,6 +169,12 @@ class PycudaDevice:
         self._open = False
         with self._errors("cannot give the GPU back"):
             self._context.detach()
+        if threading.get_ident() == self._thread:
+            self._libcuda.pop_context()  # PyCUDA makes it current to detach it, and leaves it so
+        else:
+            self._libcuda.release_primary_context(
+                self._index
+            )  # PyCUDA detaches it in the thread that retained it alone
 
 
 class PycudaBuffer(Owned):
