@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.kernels.host import HostKernels, Stats
+from tests.kernels.host import Stats
+from tests.kernels.runner import Runner
 from vila_edge.int4 import Int4
 from vila_edge.kernels import w4
 from vila_edge.kernels.epilogue import Epilogue, Rms, fold_gamma
@@ -19,13 +20,13 @@ PRODUCTS = ("gemv_r1", "gemv_r2", "gemm_32", "gemm_64", "gemm_128")
 EPS = 1e-6
 
 
-def put_weight(kernels: HostKernels, weight: Int4, order: Order) -> w4.Weight:
+def put_weight(kernels: Runner, weight: Int4, order: Order) -> w4.Weight:
     packed = pack(weight, order)
     qweight, scales, qzeros = (kernels.put(a).address for a in (packed.qweight, packed.scales, packed.qzeros))
     return w4.Weight(qweight, scales, qzeros, packed.rows, packed.columns)
 
 
-def put_rms(kernels: HostKernels, gamma: NDArray[Any]) -> Rms:
+def put_rms(kernels: Runner, gamma: NDArray[Any]) -> Rms:
     folded, scale = fold_gamma(gamma)
     return Rms(kernels.put(folded).address, scale, EPS)
 
@@ -38,13 +39,13 @@ def make_launch(kind: str, weight: w4.Weight, x: int, y: int, m: int, end: Epilo
 
 
 def multiply(
-    kernels: HostKernels,
+    kernels: Runner,
     kind: str,
     weight: w4.Weight,
     x: NDArray[Any],
     end: Epilogue,
     rms: Rms | None = None,
-) -> tuple[NDArray[np.float16], Stats]:
+) -> tuple[NDArray[np.float16], Stats | None]:
     """y [m, n] of x [m, k], and what the launch did."""
     y = kernels.empty((len(x), end.n), np.float16)
     stats = kernels.run(make_launch(kind, weight, kernels.put(x).address, y.address, len(x), end, rms))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.host import HostKernels
+from tests.kernels.runner import Runner
 from vila_edge.kernels import elementwise
 from vila_edge.kernels.manifest import manifest
 from vila_edge.reference.numpy_ops import NumpyOps
@@ -16,7 +16,7 @@ ROUNDING = 2.0**-11  # of a float16, relative
 
 @pytest.mark.parametrize("shape", manifest()["ve_rmsnorm_f16"].shapes)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_rmsnorm_is_exact_to_a_rounding(kernels: HostKernels, shape: tuple[int, int], with_residual: bool) -> None:
+def test_rmsnorm_is_exact_to_a_rounding(kernels: Runner, shape: tuple[int, int], with_residual: bool) -> None:
     rng = np.random.default_rng(0)
     x, residual = (rng.standard_normal(shape).astype(np.float16) * 4 for _ in range(2))
     weight = rng.standard_normal(shape[1]).astype(np.float16)
@@ -38,7 +38,7 @@ def test_rmsnorm_is_exact_to_a_rounding(kernels: HostKernels, shape: tuple[int, 
     np.testing.assert_allclose(y.numpy(), expected, rtol=1.01 * ROUNDING, atol=1e-7)
 
 
-def test_rmsnorm_may_write_over_its_input(shuffled: HostKernels) -> None:
+def test_rmsnorm_may_write_over_its_input(shuffled: Runner) -> None:
     values = np.random.default_rng(1).standard_normal((2, 2056)).astype(np.float16)
     weight = shuffled.put(np.ones(2056, np.float16)).address
     x, y = shuffled.put(values), shuffled.empty(values.shape, np.float16)
@@ -48,7 +48,7 @@ def test_rmsnorm_may_write_over_its_input(shuffled: HostKernels) -> None:
 
 
 @pytest.mark.parametrize("shape", manifest()["ve_embed_f16"].shapes)
-def test_embed_copies_the_rows_that_ids_name(kernels: HostKernels, shape: tuple[int, int, int]) -> None:
+def test_embed_copies_the_rows_that_ids_name(kernels: Runner, shape: tuple[int, int, int]) -> None:
     count, rows, width = shape
     rng = np.random.default_rng(2)
     table = rng.standard_normal((rows, width)).astype(np.float16)
@@ -61,7 +61,7 @@ def test_embed_copies_the_rows_that_ids_name(kernels: HostKernels, shape: tuple[
     assert np.isnan(out.numpy()[:, width:]).all()  # what lies between the rows is left alone
 
 
-def test_a_negative_id_leaves_its_row_and_one_too_large_makes_it_nan(shuffled: HostKernels) -> None:
+def test_a_negative_id_leaves_its_row_and_one_too_large_makes_it_nan(shuffled: Runner) -> None:
     ids = np.array([-1, 3, 1], np.int32)
     out = shuffled.put(np.full((3, 8), 5, np.float16))
     table = shuffled.put(np.ones((3, 8), np.float16)).address

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.host import HostKernels
 from tests.kernels.oracle import beside, dequantize, halves, product, random_int4, rms_product, rotate, swiglu
 from tests.kernels.products import EPS, PRODUCTS, make_launch, multiply, put_rms, put_weight
+from tests.kernels.runner import Runner
 from vila_edge.architecture import rope_table
 from vila_edge.config import RopeConfig
 from vila_edge.kernels.epilogue import Epilogue, Rope, fold_gamma
@@ -17,7 +17,7 @@ M = 5
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
-def test_bias_and_residual_are_added_before_rounding(kernels: HostKernels, kind: str) -> None:
+def test_bias_and_residual_are_added_before_rounding(kernels: Runner, kind: str) -> None:
     rng = np.random.default_rng(0)
     weight, x, order = random_int4(rng, 70, 256), halves(rng, M, 256), plain_order(70)
     bias, residual = rng.standard_normal(70).astype(np.float32), halves(rng, M, 70)
@@ -28,7 +28,7 @@ def test_bias_and_residual_are_added_before_rounding(kernels: HostKernels, kind:
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
-def test_gates_open_what_meets_them(kernels: HostKernels, kind: str) -> None:
+def test_gates_open_what_meets_them(kernels: Runner, kind: str) -> None:
     rng = np.random.default_rng(1)
     gate, up, x = random_int4(rng, 36, 256), random_int4(rng, 36, 256), halves(rng, M, 256)
     packed = put_weight(kernels, join(gate, up), swiglu_order(36))
@@ -38,7 +38,7 @@ def test_gates_open_what_meets_them(kernels: HostKernels, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("head_dim", [32, 48])
-def test_queries_and_keys_turn_and_values_do_not(kernels: HostKernels, kind: str, head_dim: int) -> None:
+def test_queries_and_keys_turn_and_values_do_not(kernels: Runner, kind: str, head_dim: int) -> None:
     rng = np.random.default_rng(2)
     heads, n = 3, 4 * head_dim  # two of queries, one of keys, one of values
     weight, x, order = random_int4(rng, n, 256), halves(rng, M, 256), rope_order(heads, head_dim, n)
@@ -57,7 +57,7 @@ def test_queries_and_keys_turn_and_values_do_not(kernels: HostKernels, kind: str
 
 
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_a_whole_gate_of_a_decoder_in_one_launch(shuffled: HostKernels, tiles: int) -> None:
+def test_a_whole_gate_of_a_decoder_in_one_launch(shuffled: Runner, tiles: int) -> None:
     rng = np.random.default_rng(3)
     gate, up, x = random_int4(rng, 48, 1536), random_int4(rng, 48, 1536), halves(rng, 8, 1536)
     gamma = rng.uniform(0.5, 3, 1536)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.kernels.host import HostKernels
+from tests.kernels.runner import Runner
 from tests.tiny import TINY
 from vila_edge.config import PreprocessConfig
 from vila_edge.kernels import image
@@ -26,7 +26,7 @@ def photos(images: int, height: int, width: int) -> Array:
     return np.random.default_rng(3).integers(0, 256, (images, height, width, 3), np.uint8)
 
 
-def patches(kernels: HostKernels, pixels: Array, cfg: PreprocessConfig, patch: int) -> Array:
+def patches(kernels: Runner, pixels: Array, cfg: PreprocessConfig, patch: int) -> Array:
     images, height, width, _ = pixels.shape
     count, stride = (height // patch) * (width // patch), image.patch_width(patch)
     out = kernels.empty((images, count, stride), np.float16)
@@ -36,7 +36,7 @@ def patches(kernels: HostKernels, pixels: Array, cfg: PreprocessConfig, patch: i
 
 
 @pytest.mark.parametrize("shape", manifest()["ve_patchify_u8_f16"].shapes)
-def test_a_patch_is_rescaled_and_normalised(kernels: HostKernels, shape: tuple[int, int, int, int]) -> None:
+def test_a_patch_is_rescaled_and_normalised(kernels: Runner, shape: tuple[int, int, int, int]) -> None:
     *size, patch = shape
     pixels, cfg = photos(*size), TINY.preprocess
     rows, columns, width = size[1] // patch, size[2] // patch, 3 * patch * patch
@@ -49,14 +49,14 @@ def test_a_patch_is_rescaled_and_normalised(kernels: HostKernels, shape: tuple[i
     assert not found[..., width:].any()
 
 
-def test_the_bits_are_those_of_the_preprocessing(shuffled: HostKernels) -> None:
+def test_the_bits_are_those_of_the_preprocessing(shuffled: Runner) -> None:
     pixels, cfg, patch = photos(2, 46, 46), TINY.preprocess, 9
     values = preprocess([RgbImage(photo, "noise") for photo in pixels], cfg).astype(np.float16)
     tiles = values[:, :, :45, :45].reshape(2, 3, 5, patch, 5, patch).transpose(0, 2, 4, 1, 3, 5).reshape(2, 25, -1)
     assert np.array_equal(patches(shuffled, pixels, cfg, patch)[..., : 3 * patch**2], tiles)
 
 
-def test_patches_are_what_the_patch_embedding_multiplies(shuffled: HostKernels) -> None:
+def test_patches_are_what_the_patch_embedding_multiplies(shuffled: Runner) -> None:
     """With the projector's kernel as its product: both pad a patch in the same way."""
     pixels, cfg, patch = photos(1, 46, 46), TINY.preprocess, 9
     rng = np.random.default_rng(4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.host import HostKernels
 from tests.kernels.projections import (
     ROUNDING,
     config,
@@ -16,6 +15,7 @@ from tests.kernels.projections import (
     projector_parameters,
     put_all,
 )
+from tests.kernels.runner import Runner
 from vila_edge.config import TokenOrder
 from vila_edge.kernels.projector import fold_projector
 from vila_edge.parameters import parameter_shapes
@@ -35,7 +35,7 @@ LAUNCHES = dict(zip(TYPES, (1, 1, 2, 3, 2, 2, 3, 5, 6), strict=True))
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_every_type_is_what_the_architecture_computes(kernels: HostKernels, kind: str) -> None:
+def test_every_type_is_what_the_architecture_computes(kernels: Runner, kind: str) -> None:
     cfg = config(kind)
     parameters, features = projector_parameters(cfg), image_features(cfg, images=2)
     projector = fold_projector(cfg, parameters)
@@ -46,7 +46,7 @@ def test_every_type_is_what_the_architecture_computes(kernels: HostKernels, kind
 
 
 @pytest.mark.parametrize("width", [16, 40])
-def test_hidden_widths_that_are_no_whole_vectors(shuffled: HostKernels, width: int) -> None:
+def test_hidden_widths_that_are_no_whole_vectors(shuffled: Runner, width: int) -> None:
     cfg = config("mlp_downsample_3x3_s2", width=width)
     assert width // 3 % 8 and width // 3 in cfg.mm_projector.hidden_widths(width, 72)
     parameters, features = projector_parameters(cfg), image_features(cfg, images=1)
@@ -55,7 +55,7 @@ def test_hidden_widths_that_are_no_whole_vectors(shuffled: HostKernels, width: i
 
 
 @pytest.mark.parametrize("order", ["row_major", "column_major"])
-def test_tokens_lie_in_either_order(shuffled: HostKernels, order: TokenOrder) -> None:
+def test_tokens_lie_in_either_order(shuffled: Runner, order: TokenOrder) -> None:
     cfg = config("mlp_downsample", order=order)
     parameters, features = projector_parameters(cfg), image_features(cfg, images=1)
     found = project(shuffled, fold_projector(cfg, parameters), features)
@@ -63,7 +63,7 @@ def test_tokens_lie_in_either_order(shuffled: HostKernels, order: TokenOrder) ->
 
 
 @pytest.mark.parametrize(("kind", "grid", "width"), [("mlp_downsample", 27, 1152), ("linear", 24, 1024)])
-def test_features_of_released_towers(shuffled: HostKernels, kind: str, grid: int, width: int) -> None:
+def test_features_of_released_towers(shuffled: Runner, kind: str, grid: int, width: int) -> None:
     cfg = config(kind, grid, width, hidden=64)
     parameters, features = projector_parameters(cfg), image_features(cfg, images=1)
     found = project(shuffled, fold_projector(cfg, parameters), features)
@@ -71,7 +71,7 @@ def test_features_of_released_towers(shuffled: HostKernels, kind: str, grid: int
     assert error(found, image_embeds(cfg, parameters, features)) < 2 * ROUNDING
 
 
-def test_the_last_product_writes_into_rows_of_a_larger_array(shuffled: HostKernels) -> None:
+def test_the_last_product_writes_into_rows_of_a_larger_array(shuffled: Runner) -> None:
     cfg = config("mlp2x_gelu", grid=3)
     parameters, features = projector_parameters(cfg), image_features(cfg, images=2)
     projector = fold_projector(cfg, parameters)

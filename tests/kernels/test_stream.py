@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kernels.host import HostKernels
+from tests.kernels.runner import Runner
 from vila_edge.kernels import stream
 from vila_edge.kernels.manifest import manifest
 
@@ -13,7 +13,7 @@ SHAPES = manifest()["ve_stream_read"].shapes
 
 
 @pytest.mark.parametrize(("vectors", "blocks"), SHAPES)
-def test_reading_sums_every_word(kernels: HostKernels, vectors: int, blocks: int) -> None:
+def test_reading_sums_every_word(kernels: Runner, vectors: int, blocks: int) -> None:
     words = np.random.default_rng(5).integers(0, 2**32, vectors * 4, np.uint32)
     sums = kernels.empty((blocks,), np.uint32)
     kernels.run(stream.read(kernels.put(words).address, words.nbytes, sums.address, blocks))
@@ -21,7 +21,7 @@ def test_reading_sums_every_word(kernels: HostKernels, vectors: int, blocks: int
 
 
 @pytest.mark.parametrize(("vectors", "blocks"), SHAPES)
-def test_copying_copies_every_word(kernels: HostKernels, vectors: int, blocks: int) -> None:
+def test_copying_copies_every_word(kernels: Runner, vectors: int, blocks: int) -> None:
     words = np.random.default_rng(6).integers(0, 2**32, vectors * 4, np.uint32)
     target = kernels.empty(words.shape, np.uint32)
     kernels.run(stream.copy(kernels.put(words).address, target.address, words.nbytes, blocks))

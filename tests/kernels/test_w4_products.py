@@ -8,6 +8,7 @@ import pytest
 from tests.kernels.host import ORDERS, Compiled, HostKernels
 from tests.kernels.oracle import dequantize, halves, product, random_int4, rms_product
 from tests.kernels.products import EPS, PRODUCTS, multiply, put_rms, put_weight
+from tests.kernels.runner import Runner
 from vila_edge.kernels import w4
 from vila_edge.kernels.epilogue import Epilogue, fold_gamma
 from vila_edge.kernels.manifest import manifest
@@ -21,13 +22,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("kind", "n", "k", "m"), SHAPES)
-def test_a_product_is_right_to_its_last_rounding(shuffled: HostKernels, kind: str, n: int, k: int, m: int) -> None:
+def test_a_product_is_right_to_its_last_rounding(shuffled: Runner, kind: str, n: int, k: int, m: int) -> None:
     rng = np.random.default_rng(n + k + m)
     weight, x = random_int4(rng, n, k), halves(rng, m, k)
     y, stats = multiply(shuffled, kind, put_weight(shuffled, weight, plain_order(n)), x, Epilogue(n))
     exact = product(dequantize(weight), x)
     exact.check(y)
-    assert exact.times_rounding(y) < 1.02 and stats.bank_conflicts == 0
+    assert exact.times_rounding(y) < 1.02 and (stats is None or stats.bank_conflicts == 0)
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
@@ -44,7 +45,7 @@ def test_the_order_of_threads_changes_no_bit(compiled: Compiled, kind: str) -> N
 
 @pytest.mark.parametrize("kind", ["gemv_r1", "gemv_r2"])
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "rms"])
-def test_a_row_of_a_batch_is_a_batch_of_one(shuffled: HostKernels, kind: str, norm: bool) -> None:
+def test_a_row_of_a_batch_is_a_batch_of_one(shuffled: Runner, kind: str, norm: bool) -> None:
     rng = np.random.default_rng(2)
     x, weight = halves(rng, 8, 1280), put_weight(shuffled, random_int4(rng, 32, 1280), plain_order(32))
     rms = put_rms(shuffled, rng.uniform(0.5, 1.5, 1280)) if norm else None
@@ -54,7 +55,7 @@ def test_a_row_of_a_batch_is_a_batch_of_one(shuffled: HostKernels, kind: str, no
 
 
 @pytest.mark.parametrize("kind", ["gemm_32", "gemm_64", "gemm_128"])
-def test_a_token_does_not_depend_on_the_others(shuffled: HostKernels, kind: str) -> None:
+def test_a_token_does_not_depend_on_the_others(shuffled: Runner, kind: str) -> None:
     rng = np.random.default_rng(3)
     x, weight = halves(rng, 50, 256), put_weight(shuffled, random_int4(rng, 64, 256), plain_order(64))
     whole, _ = multiply(shuffled, kind, weight, x, Epilogue(64))
@@ -63,7 +64,7 @@ def test_a_token_does_not_depend_on_the_others(shuffled: HostKernels, kind: str)
 
 @pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize(("n", "k", "m"), manifest()["ve_gemv_w4a16_rms_r1"].shapes)
-def test_a_norm_on_the_way_rounds_once(shuffled: HostKernels, tiles: int, n: int, k: int, m: int) -> None:
+def test_a_norm_on_the_way_rounds_once(shuffled: Runner, tiles: int, n: int, k: int, m: int) -> None:
     rng = np.random.default_rng(4)
     weight, x, gamma = random_int4(rng, n, k), halves(rng, m, k), rng.uniform(0.1, 9, k)
     packed, rms = put_weight(shuffled, weight, plain_order(n)), put_rms(shuffled, gamma)
@@ -71,7 +72,7 @@ def test_a_norm_on_the_way_rounds_once(shuffled: HostKernels, tiles: int, n: int
     rms_product(dequantize(weight), x, *fold_gamma(gamma), EPS).check(y)
 
 
-def test_a_norm_on_the_way_is_as_good_as_a_norm_before(shuffled: HostKernels) -> None:
+def test_a_norm_on_the_way_is_as_good_as_a_norm_before(shuffled: Runner) -> None:
     """Even with inputs near the largest float16, as some decoders have, and a large gamma for them."""
     rng = np.random.default_rng(5)
     weight, gamma = random_int4(rng, 64, 1536), rng.uniform(0.2, 2, 1536)

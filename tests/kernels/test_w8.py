@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.kernels.host import HostKernels
 from tests.kernels.oracle import halves, product, rms_product
 from tests.kernels.products import EPS, put_rms
+from tests.kernels.runner import Runner
 from vila_edge import int8
 from vila_edge.int8 import Int8
 from vila_edge.kernels import w8, w8_layout
@@ -19,7 +19,7 @@ TILES = pytest.mark.parametrize("tiles", [1, 2])
 
 
 def logits(
-    kernels: HostKernels, weight: Int8, x: NDArray[np.float16], n: int, tiles: int, rms: Rms | None = None
+    kernels: Runner, weight: Int8, x: NDArray[np.float16], n: int, tiles: int, rms: Rms | None = None
 ) -> NDArray[np.float32]:
     packed = w8_layout.pack(weight)
     qweight, scales = kernels.put(packed.qweight).address, kernels.put(packed.scales).address
@@ -36,14 +36,14 @@ def dequantize(weight: Int8, columns: int) -> NDArray[np.float64]:
 
 @TILES
 @pytest.mark.parametrize(("n", "k", "m"), manifest()["ve_gemv_w8a16_r1"].shapes)
-def test_logits_are_right_to_their_last_rounding(shuffled: HostKernels, tiles: int, n: int, k: int, m: int) -> None:
+def test_logits_are_right_to_their_last_rounding(shuffled: Runner, tiles: int, n: int, k: int, m: int) -> None:
     rng = np.random.default_rng(n + k + m)
     weight, x = int8.quantize(rng.standard_normal((n, k))), halves(rng, m, k)
     product(dequantize(weight, k), x).check(logits(shuffled, weight, x, n, tiles))
 
 
 @TILES
-def test_the_last_norm_can_be_on_the_way(kernels: HostKernels, tiles: int) -> None:
+def test_the_last_norm_can_be_on_the_way(kernels: Runner, tiles: int) -> None:
     rng = np.random.default_rng(1)
     weight, x, gamma = int8.quantize(rng.standard_normal((40, 200))), halves(rng, 3, 200), rng.uniform(0.5, 3, 200)
     found = logits(kernels, weight, x, 40, tiles, put_rms(kernels, gamma))
@@ -51,7 +51,7 @@ def test_the_last_norm_can_be_on_the_way(kernels: HostKernels, tiles: int) -> No
 
 
 @TILES
-def test_a_row_of_a_batch_is_a_batch_of_one(shuffled: HostKernels, tiles: int) -> None:
+def test_a_row_of_a_batch_is_a_batch_of_one(shuffled: Runner, tiles: int) -> None:
     rng = np.random.default_rng(2)
     weight, x = int8.quantize(rng.standard_normal((32, 640))), halves(rng, 8, 640)
     alone = [logits(shuffled, weight, row[None], 32, tiles) for row in x]

@@ -50,9 +50,10 @@ def gemv(weight: Weight, x: int, y: int, m: int, epilogue: Epilogue, rms: Rms | 
 
 
 def gemm(weight: Weight, x: int, y: int, m: int, epilogue: Epilogue, tokens: int | None = None) -> Launch:
-    """For any number of tokens m. `tokens` is how many a block computes, of `TOKEN_COSTS`; the cheapest if None.
+    """For any number of tokens m; a norm is a launch of its own before it.
 
-    Raises ValueError for sizes that do not fit.
+    `tokens` is how many a block computes, of `TOKEN_COSTS`; the cheapest if None. Raises ValueError for sizes that do
+    not fit.
     """
     if m < 1:
         raise ValueError(f"{m} tokens: expected at least one")
