@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -164,22 +165,36 @@ inline void resume(Fiber& f) {
   makecontext(&f.context, (void (*)())trampoline, 0);
   setcontext(&f.context);
 }
+// A turn for each thread that can run; whether there was one.
+inline bool give_turns(std::vector<unsigned>& group) {
+  bool ran = false;
+  for (size_t k = 0; k < group.size(); ++k) {
+    if (order == SHUFFLED) {
+      random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+      std::swap(group[k], group[k + random_state % (group.size() - k)]);
+    }
+    if (fibers[group[k]].state != RUNS) continue;
+    ran = true;
+    resume(fibers[group[k]]);
+  }
+  return ran;
+}
+// In order or in reverse, a warp runs as far ahead of the others as barriers let it; shuffled, all go together.
 inline void run_block(unsigned threads) {
   start_block(threads);
-  std::vector<unsigned> turn(threads);
-  for (unsigned i = 0; i < threads; ++i) turn[i] = order == REVERSE ? threads - 1 - i : i;
+  std::vector<std::vector<unsigned>> groups(order == SHUFFLED ? 1 : warps.size());
+  for (unsigned i = 0; i < threads; ++i) groups[order == SHUFFLED ? 0 : i / 32].push_back(i);
+  if (order == REVERSE) {
+    std::reverse(groups.begin(), groups.end());
+    for (auto& group : groups) std::reverse(group.begin(), group.end());
+  }
   while (live) {
     bool progress = false;
-    for (unsigned k = 0; k < threads; ++k) {
-      if (order == SHUFFLED) {
-        random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
-        std::swap(turn[k], turn[k + random_state % (threads - k)]);
+    for (auto& group : groups)
+      while (give_turns(group)) {
+        progress = true;
+        if (order == SHUFFLED) break;
       }
-      Fiber& f = fibers[turn[k]];
-      if (f.state != RUNS) continue;
-      progress = true;
-      resume(f);
-    }
     if (progress) continue;
     for (auto& f : fibers)
       if (f.state != DONE) {
