@@ -34,8 +34,9 @@ class Sums:
         self.xs = [halves(rng, 1, K), halves(rng, 1, K)]
         self.x, self.y = kernels.put(self.xs[0]), kernels.put(np.zeros((1, N), np.float16))
 
-    def launch(self) -> Launch:
-        return w4.gemv(self.weight, self.x.address, self.y.address, 1, Epilogue(N, residual=self.y.address))
+    def launch(self, tiles: int = 1) -> Launch:
+        end = Epilogue(N, residual=self.y.address)
+        return w4.gemv(self.weight, self.x.address, self.y.address, 1, end, tiles=tiles)
 
     def check_once(self) -> None:
         product(self.exact, self.xs[0]).check(self.y.numpy())
@@ -84,7 +85,7 @@ def test_a_file_is_loaded_once_when_it_is_first_needed(kernels: DeviceKernels) -
     kernels.run(sums.launch())
     sums.check_once()
     sums.x.set(sums.xs[1])
-    kernels.run(sums.launch())
+    kernels.run(sums.launch(tiles=2))  # another kernel of the file
     sums.check_both()
     assert (device.calls["load_module"], device.calls["kernel"]) == (1, 2)
     assert [*kernels.loaded.images] == ["gemv_w4a16.cu"]

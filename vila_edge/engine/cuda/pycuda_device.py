@@ -169,12 +169,11 @@ class PycudaDevice:
         self._open = False
         with self._errors("cannot give the GPU back"):
             self._context.detach()
+        # PyCUDA detaches a context in the thread that retained it alone, and leaves it current there.
         if threading.get_ident() == self._thread:
-            self._libcuda.pop_context()  # PyCUDA makes it current to detach it, and leaves it so
+            self._libcuda.pop_context()
         else:
-            self._libcuda.release_primary_context(
-                self._index
-            )  # PyCUDA detaches it in the thread that retained it alone
+            self._libcuda.release_primary_context(self._index)
 
 
 class PycudaBuffer(Owned):
