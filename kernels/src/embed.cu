@@ -1,7 +1,7 @@
 // The rows of an embedding table that `ids` names, one block each.
 #include "ve_ptx.cuh"
 
-// An id below 0 leaves its row of `out` as it is: an image's embeddings are there. One beyond the table makes a row of NaN.
+// An id below 0 leaves its row of `out` as it is: an image's embeddings are there. One beyond the table makes it NaN.
 extern "C" __global__ void __launch_bounds__(128)
     ve_embed_f16(const int* ids, const __half* table, __half* out, int rows, int width, int stride) {
   const int id = ids[blockIdx.x];

@@ -1,12 +1,12 @@
-// RGB images [N, height, width, 3] to the patches that a patch embedding multiplies: [N, rows, columns, (channel, y, x)].
+// RGB images [N, height, width, 3] to what a patch embedding multiplies: patches [N, rows, columns, (channel, y, x)].
 //
 // A byte has 256 values and a channel one mean, so `levels` [3, 256] holds every result there is, computed as the
 // preprocessing on the CPU does: the same bits. A patch is filled up with zeros to `stride`, a multiple of 8.
 #include "ve_ptx.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-    ve_patchify_u8_f16(const unsigned char* pixels, const __half* levels, __half* patches, int images, int height, int width,
-                       int patch, int stride) {
+    ve_patchify_u8_f16(const unsigned char* pixels, const __half* levels, __half* patches, int images, int height,
+                       int width, int patch, int stride) {
   const int rows = height / patch, columns = width / patch, vectors = stride / 8, area = patch * patch;
   const int number = (blockIdx.x * blockDim.x + threadIdx.x) / vectors;
   if (number >= images * rows * columns) return;
@@ -17,7 +17,8 @@ extern "C" __global__ void __launch_bounds__(256)
   __half out[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    out[i] = channel < 3 ? __ldg(levels + channel * 256 + corner[((size_t)y * width + x) * 3 + channel]) : __float2half(0.f);
+    out[i] = __float2half_rn(0.f);
+    if (channel < 3) out[i] = __ldg(levels + channel * 256 + corner[((size_t)y * width + x) * 3 + channel]);
     if (++x < patch) continue;
     x = 0;
     if (++y < patch) continue;

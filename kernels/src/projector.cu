@@ -1,8 +1,9 @@
 // One linear of a projector, with everything around it: out[t, n] = gelu(norm(x[t]) . w[n] + b[n]).
 //
-// x[t] is gathered on its way to shared memory: `block` x `block` neighbouring patches are one row, patches beyond the
-// image are zeros (they count in the norm). The LayerNorm is moved behind the product: gamma is folded into w, beta into
-// b, and  norm(x) . w = rstd * (x . w' - mean * sum(w')),  with mean and rstd taken from the tiles as they pass through.
+// x[t] is gathered on its way to shared memory: `block` x `block` neighbouring patches are one row, patches beyond
+// the image are zeros (they count in the norm). The LayerNorm is moved behind the product: gamma is folded into w,
+// beta into b, and  norm(x) . w = rstd * (x . w' - mean * sum(w')),  with mean and rstd taken from the tiles as they
+// pass through.
 // See kernels/README.md for the maths and the drawing.
 //
 // The outputs are the rows and the tokens the columns of each mma, so a warp's tokens may be any multiple of 8.
@@ -11,9 +12,9 @@
 namespace {
 constexpr int K_STEP = 64;        // numbers of a row in a tile: 128 bytes, eight chunks of 16
 constexpr int CHUNKS = 8;
-constexpr int WIDTH_STEP = 128;   // weights [steps][outputs filled up to a multiple of this][K_STEP]: a tile lies in one piece
+constexpr int WIDTH_STEP = 128;   // weights [steps][outputs, filled up to a multiple of this][K_STEP]: a tile is whole
 constexpr int NORM_ROWS = 4;      // rows that a warp takes statistics of at once, eight lanes each
-constexpr int TALL = 8;           // tiles of tokens that pass before the next tile of outputs: they share its weights in L2
+constexpr int TALL = 8;           // tiles of tokens that pass before the next tile of outputs: its weights stay in L2
 constexpr int STAGED_PAD = 4;     // floats behind each row of the staged output: a warp's writes meet in no bank
 
 struct Arguments {
@@ -25,7 +26,7 @@ struct Arguments {
   float eps;
 };
 
-// Where a chunk of a row of 64 halves lies in its tile: eight rows' same chunks, and a row's eight, lie in different banks.
+// Where a chunk of a row lies in its tile: neither the same chunk of eight rows nor the eight of a row meet in a bank.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * K_STEP + (chunk ^ (row & 7)) * 8; }
 
 // What the rows of a block's tile read and write. Offsets are in chunks of 8 halves.
@@ -133,7 +134,8 @@ __device__ __forceinline__ void project(const Arguments& a) {
   const int warp_t = warp / WARPS_N * WARP_T, warp_n = warp % WARPS_N * WARP_N;
   const int number = blockIdx.y * gridDim.x + blockIdx.x, span = TALL * gridDim.y, group = number / span;
   const int height = min(TALL, (int)gridDim.x - group * TALL);
-  const int first_row = (group * TALL + number % span % height) * TOKENS, first_output = number % span / height * OUTPUTS;
+  const int first_row = (group * TALL + number % span % height) * TOKENS;
+  const int first_output = number % span / height * OUTPUTS;
 
   for (int i = thread; i < TOKENS; i += THREADS) table.fill(a, first_row, i);
   __syncthreads();

@@ -1,4 +1,4 @@
-// y = x / rms(x) * weight, one block a row; with a residual, that becomes residual + x first and its rounded sum is normed.
+// y = x / rms(x) * weight, one block a row. A residual, if there is one, becomes residual + x, rounded, and is normed.
 #include "ve_reduce.cuh"
 
 namespace {
@@ -52,7 +52,8 @@ __device__ __forceinline__ void rmsnorm(const __half* x, const __half* weight, _
 }
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS) ve_rmsnorm_f16(const __half* x, const __half* weight, __half* y, int width, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    ve_rmsnorm_f16(const __half* x, const __half* weight, __half* y, int width, float eps) {
   rmsnorm<false>(x, weight, nullptr, y, width, eps);
 }
 VE_EXPORT(ve_rmsnorm_f16)

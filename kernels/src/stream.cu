@@ -5,7 +5,7 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int IN_FLIGHT = 8;  // vectors of 16 bytes that a thread has asked for at once
 
-// Hands every vector, once, to `use(value, index)`. The vectors of one request lie behind each other over the whole grid.
+// Hands every vector, once, to `use(value, index)`. Over the whole grid, the vectors of one request are neighbours.
 template <class Use>
 __device__ __forceinline__ void stream(const uint4* from, long long vectors, Use use) {
   const long long step = (long long)gridDim.x * THREADS;
@@ -22,7 +22,8 @@ __device__ __forceinline__ void stream(const uint4* from, long long vectors, Use
 }  // namespace
 
 // sums [blocks]: of the 32-bit words that a block read, modulo 2^32, so that no read can be left out.
-extern "C" __global__ void __launch_bounds__(THREADS) ve_stream_read(const uint4* from, unsigned* sums, long long vectors) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    ve_stream_read(const uint4* from, unsigned* sums, long long vectors) {
   VE_SHARED(unsigned, partial, THREADS / 32);
   unsigned sum = 0;
   stream(from, vectors, [&](const uint4& v, long long) { sum += v.x + v.y + v.z + v.w; });

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.kernels.projections import ROUNDING, error, random_case
+from tests.kernels.projections import ROUNDING, error, put_all, random_case
 from tests.kernels.runner import Runner
 from vila_edge.kernels.manifest import manifest
 from vila_edge.kernels.projector import TILES, Norm, fold
@@ -60,6 +60,16 @@ def test_a_row_of_equal_numbers_is_normed_to_beta(shuffled: Runner) -> None:
     case = random_case(images=1, grid=4, block=2, channels=64, outputs=64)
     case = dataclasses.replace(case, x=np.full_like(case.x, 0.75))
     assert error(case.run(shuffled, "64x64")[0], case.expected()) < 4 * ROUNDING
+
+
+def test_gelu_is_the_exact_one(shuffled: Runner) -> None:
+    """The approximation by tanh is off by 4e-4, which shows where GELU is small."""
+    bias = np.linspace(-6, 6, 128)
+    product = dataclasses.replace(fold("w", np.zeros((128, 8)), bias), gelu=True)
+    x, out = shuffled.put(np.zeros((1, 8), np.float16)).address, shuffled.empty((1, 128), np.float16)
+    shuffled.run(product.launch(put_all(shuffled, product.arrays), x, out.address, images=1, tokens=1, stride=128))
+    expected = NumpyOps({}).gelu(bias, "none")
+    np.testing.assert_allclose(out.numpy()[0], expected, rtol=1.01 * ROUNDING, atol=4e-7)
 
 
 def test_weights_beyond_16_bits_are_refused() -> None:
