@@ -9,15 +9,15 @@ constexpr int IN_FLIGHT = 8;  // vectors of 16 bytes that a thread has asked for
 template <class Use>
 __device__ __forceinline__ void stream(const uint4* from, long long vectors, Use use) {
   const long long step = (long long)gridDim.x * THREADS;
-  for (long long first = (long long)blockIdx.x * THREADS + threadIdx.x; first < vectors; first += step * IN_FLIGHT) {
+  long long at = (long long)blockIdx.x * THREADS + threadIdx.x;
+  for (; at + (IN_FLIGHT - 1) * step < vectors; at += IN_FLIGHT * step) {
     uint4 held[IN_FLIGHT];
 #pragma unroll
-    for (int i = 0; i < IN_FLIGHT; ++i)
-      if (first + i * step < vectors) held[i] = ve_ld_stream(from + first + i * step);
+    for (int i = 0; i < IN_FLIGHT; ++i) held[i] = ve_ld_stream(from + at + i * step);
 #pragma unroll
-    for (int i = 0; i < IN_FLIGHT; ++i)
-      if (first + i * step < vectors) use(held[i], first + i * step);
+    for (int i = 0; i < IN_FLIGHT; ++i) use(held[i], at + i * step);
   }
+  for (; at < vectors; at += step) use(ve_ld_stream(from + at), at);
 }
 }  // namespace
 
