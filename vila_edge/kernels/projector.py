@@ -48,17 +48,10 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Product:
-    """One launch: gelu(norm(x) w^T + b), the norm folded into w and b. Whole tiles, filled up with zeros.
-
-    weight [K'/64, N', 64] float16, so that a tile lies in one piece. bias [N'] float32. weight_sum [N'] float32, over
-    each output's weights as they are rounded.
-    """
+class ProductShape:
+    """One launch, gelu(norm(x) w^T + b), without its weights: all that a launch is made from, beside addresses."""
 
     name: str  # of the linear
-    weight: NDArray[np.float16]
-    bias: NDArray[np.float32]
-    weight_sum: NDArray[np.float32]
     gather: Gather
     outputs: int  # columns that are written: a multiple of VECTOR
     depth: int  # numbers of a row, those beyond its end not counted
@@ -66,9 +59,12 @@ class Product:
     gelu: bool = False
 
     @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """What the device needs, by name."""
-        return {f"{self.name}.{part}": getattr(self, part) for part in ("weight", "bias", "weight_sum")}
+    def weights(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> shape and dtype of what the device needs, in the order in which a launch takes it."""
+        steps, width = -(-self.depth // K_STEP), _whole(self.outputs, OUTPUTS_STEP)
+        shapes = {"weight": ((steps, width, K_STEP), "float16")}
+        vectors = {part: ((width,), "float32") for part in ("bias", "weight_sum")}
+        return {f"{self.name}.{part}": what for part, what in (shapes | vectors).items()}
 
     def launch(
         self,
@@ -98,11 +94,29 @@ class Product:
         kind = "" if self.eps is None else "norm_"
         kernel = f"ve_project_f16_{kind}{tile or best_tile(rows, self.outputs, multiprocessors)}"
         size = manifest()[kernel].tile
-        parts = (arrays[name] for name in self.arrays)
-        numbers = (rows, self.outputs, self.depth, len(self.weight), g.channels, g.grid, g.block)
+        parts = (arrays[name] for name in self.weights)
+        numbers = (rows, self.outputs, self.depth, -(-self.depth // K_STEP), g.channels, g.grid, g.block)
         more = (int(g.order == "column_major"), tokens, stride, int(self.gelu), self.eps or 0.0)
         grid = (-(-rows // size["m"]), -(-self.outputs // size["n"]), 1)
         return Launch(kernel, grid, (x, *parts, first_rows, out, *numbers, *more))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product(ProductShape):
+    """With its weights, the norm folded into w and b. Whole tiles, filled up with zeros.
+
+    weight [K'/64, N', 64] float16, so that a tile lies in one piece. bias [N'] float32. weight_sum [N'] float32, over
+    each output's weights as they are rounded.
+    """
+
+    weight: NDArray[np.float16]
+    bias: NDArray[np.float32]
+    weight_sum: NDArray[np.float32]
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What the device needs, by name."""
+        return dict(zip(self.weights, (self.weight, self.bias, self.weight_sum), strict=True))
 
 
 def best_tile(rows: int, outputs: int, multiprocessors: int) -> str:
@@ -142,21 +156,22 @@ def fold(
     sums = packed.sum(1, dtype=np.float64).astype(np.float32)  # as rounded: what the product with the mean really was
     eps = norm.eps if norm else None
     tiles = np.ascontiguousarray(packed.reshape(shape[0], -1, K_STEP).swapaxes(0, 1))
-    return Product(name, tiles, offset, sums, gather, _whole(outputs, VECTOR), depth, eps)
+    width = _whole(outputs, VECTOR)
+    return Product(name, gather, width, depth, eps, weight=tiles, bias=offset, weight_sum=sums)
 
 
 @dataclass(frozen=True)
-class Projector:
-    """The products of a projector, and the sizes of its input and output."""
+class ProjectorShape:
+    """The products of a projector without their weights, and the size of its output."""
 
-    products: tuple[Product, ...]
+    products: tuple[ProductShape, ...]
     tokens: int  # image_embeds of an image
     hidden_size: int
 
     @property
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """What the device needs, by name."""
-        return {name: array for product in self.products for name, array in product.arrays.items()}
+    def weights(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Name -> shape and dtype of what the device needs."""
+        return {name: what for product in self.products for name, what in product.weights.items()}
 
     def scratch_bytes(self, images: int) -> int:
         """Memory for what the products hand on to each other."""
@@ -179,7 +194,7 @@ class Projector:
     ) -> list[Launch]:
         """image_features [images, P, D_vision] float16 to image_embeds in the rows of `out`. Raises ValueError.
 
-        All are addresses: `arrays` of what `self.arrays` names, `scratch` of `scratch_bytes`. Rows of `out` are
+        All are addresses: `arrays` of what `self.weights` names, `scratch` of `scratch_bytes`. Rows of `out` are
         `stride` numbers apart, hidden_size if 0. `first_rows`: see `Product.launch`.
         """
         made, x = list[Launch](), image_features
@@ -196,6 +211,25 @@ class Projector:
             *made,
             last.launch(arrays, x, out, images, self.tokens, width, first_rows, multiprocessors=multiprocessors),
         ]
+
+
+@dataclass(frozen=True)
+class Projector(ProjectorShape):
+    """With the weights."""
+
+    products: tuple[Product, ...]
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What the device needs, by name."""
+        return {name: array for product in self.products for name, array in product.arrays.items()}
+
+    @property
+    def shape(self) -> ProjectorShape:
+        """Without them."""
+        names = [field.name for field in dataclasses.fields(ProductShape)]
+        products = (ProductShape(**{name: getattr(product, name) for name in names}) for product in self.products)
+        return ProjectorShape(tuple(products), self.tokens, self.hidden_size)
 
 
 def fold_projector(cfg: VilaConfig, parameters: Mapping[str, NDArray[Any]]) -> Projector:
