@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from tests.kernels.host import IMAGE, call
-from vila_edge.engine.cuda.device import ALIGNMENT, Capture, Stream
+from vila_edge.engine.cuda.device import ALIGNMENT, Capture, Event, Stream
 from vila_edge.errors import BackendError
 
 POISON = 0xFF  # a NaN in every type of float
@@ -26,9 +26,14 @@ Work = Callable[[], None]
 
 
 class FakeDevice:
-    """`calls` counts what was asked of it, by name. It refuses to hold more than `total` bytes."""
+    """`calls` counts what was asked of it, by name. It refuses to hold more than `total` bytes.
+
+    Its time is what `takes` says of each launch and `copy_takes`, in microseconds; nothing else takes any.
+    """
 
     name = "Fake Orin"
+    multiprocessors = 4
+    l2_bytes = 1 << 12
 
     def __init__(self, total: int = 1 << 30, compute_capability: tuple[int, int] = (8, 7)) -> None:
         self.total, self.compute_capability = total, compute_capability
@@ -43,6 +48,10 @@ class FakeDevice:
         self.capturing = False
         self.capture_fails = ""
         self.closed = False
+        self.now_us = 0.0
+        self.takes: Callable[[FakeLaunch], float] = lambda launch: 1.0
+        self.copy_takes = 1.0  # of a copy from device to device
+        self.events: set[FakeEvent] = set()
         self._graveyard: list[NDArray[np.uint8]] = []  # freed memory stays poisoned and is not given out again
         self._handles = itertools.count(1)
 
@@ -86,6 +95,11 @@ class FakeDevice:
         self.streams[stream.handle] = stream
         return stream
 
+    def event(self) -> FakeEvent:
+        event = FakeEvent(self)
+        self.events.add(event)
+        return event
+
     def view(self, address: int, nbytes: int) -> NDArray[np.uint8]:
         """The bytes at an address, all within one allocation."""
         for buffer in self.buffers.values():
@@ -113,7 +127,12 @@ class FakeDevice:
 
     def copy_on_device_async(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         self.view(target, nbytes), self.view(source, nbytes)
-        self.enqueue(stream.handle, lambda: np.copyto(self.view(target, nbytes), self.view(source, nbytes)))
+
+        def work() -> None:
+            np.copyto(self.view(target, nbytes), self.view(source, nbytes))
+            self.now_us += self.copy_takes
+
+        self.enqueue(stream.handle, work)
 
     def memset(self, address: int, value: int, nbytes: int, stream: Stream) -> None:
         self.view(address, nbytes)
@@ -137,6 +156,7 @@ class FakeDevice:
             buffer.free()
         self.pins.clear()
         self.streams.clear()
+        self.events.clear()
         for module in list(self.modules):
             module.free()
         self.closed = True
@@ -183,6 +203,25 @@ class FakeStream:
     def free(self) -> None:
         assert not self.queue, "work was left on the stream"
         self._device.streams.pop(self.handle, None)
+
+
+class FakeEvent:
+    def __init__(self, device: FakeDevice) -> None:
+        self._device = device
+        self.passed: float | None = None
+
+    def record(self, stream: Stream) -> None:
+        assert self in self._device.events, "the event was freed"
+        self.passed = None
+        self._device.enqueue(stream.handle, lambda: setattr(self, "passed", self._device.now_us))
+
+    def since_us(self, earlier: Event) -> float:
+        assert isinstance(earlier, FakeEvent)
+        assert self.passed is not None and earlier.passed is not None, "an event was not passed yet"
+        return self.passed - earlier.passed
+
+    def free(self) -> None:
+        self._device.events.discard(self)
 
 
 class FakeGraph:
@@ -244,6 +283,7 @@ class FakeLaunch:
         kernel = self.kernel
         assert kernel.module in kernel.module.device.modules, "the module was freed"
         call(kernel.module.library, kernel.name, self.grid, kernel.block, kernel.shared_memory, self.arguments)
+        kernel.module.device.now_us += kernel.module.device.takes(self)
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:

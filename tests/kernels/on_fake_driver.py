@@ -20,7 +20,7 @@ from vila_edge.kernels import w4
 from vila_edge.kernels.epilogue import Epilogue
 
 FAKE = ctypes.CDLL("libcuda.so.1")
-HELD = ("memory", "pinned", "streams", "modules", "graphs", "contexts")
+HELD = ("memory", "pinned", "streams", "events", "modules", "graphs", "contexts")
 
 
 def held() -> dict[str, int]:
@@ -67,7 +67,7 @@ def test_shared_memory_above_48_kib_is_asked_for(kernels: DeviceKernels) -> None
 
 def test_closing_gives_everything_back(kernels: DeviceKernels, device: PycudaDevice) -> None:
     sums, stream = Sums(kernels), kernels.stream
-    ready, _ = kernels.loaded.prepare(sums.launch()), device.pinned((8,), np.int64)
+    ready, *_ = kernels.loaded.prepare(sums.launch()), device.pinned((8,), np.int64), device.event()
     with stream.capture() as capture:
         ready.launch(stream)
     before = held()

@@ -18,6 +18,7 @@ CALL ve_fake_count(const char* name) {
   if (kind == "memory") return memory.size();
   if (kind == "pinned") return pinned.size();
   if (kind == "streams") return streams.size();
+  if (kind == "events") return events.size();
   if (kind == "modules") return modules.size();
   if (kind == "graphs") return graphs.size() + executables.size();
   if (kind == "contexts") return contexts + pushed;
@@ -47,7 +48,7 @@ CALL cuDeviceGetName(char* name, int size, int) { return snprintf(name, size, "F
 CALL cuDeviceTotalMem_v2(size_t* total, int) { return *total = settings["total"], OK; }
 CALL cuDeviceComputeCapability(int* major, int* minor, int) { return *major = 8, *minor = 7, OK; }
 CALL cuDeviceGetAttribute(int* value, int attribute, int) {
-  static const std::map<int, int> values = {{10, 32}, {16, 16}, {75, 8}, {76, 7}, {97, 163 << 10}};  // warp, SMs, 8.7, shared memory
+  static const std::map<int, int> values = {{10, 32}, {16, 16}, {38, 4 << 20}, {75, 8}, {76, 7}, {97, 163 << 10}};  // warp, SMs, L2, 8.7, shared memory
   return *value = values.count(attribute) ? values.at(attribute) : 0, OK;
 }
 CALL cuDevicePrimaryCtxRetain(void** context, int) { LOCKED; return ++contexts, *context = &context_object, OK; }
@@ -122,11 +123,18 @@ CALL cuEventRecord(void* handle, void* stream) {
   LOCKED;
   auto* event = (Event*)handle;
   if (int failed = give(stream, [=] { return event->time = now(), OK; })) return failed;
-  event->stream = (Stream*)stream, event->index = event->stream->given;
+  event->time = 0, event->stream = (Stream*)stream, event->index = event->stream->given;
   return OK;
 }
 CALL cuEventSynchronize(void* handle) { LOCKED; auto* event = (Event*)handle; return event->stream ? drain(event->stream, event->index) : OK; }
-CALL cuEventElapsedTime(float* ms, void* start, void* end) { return *ms = ((Event*)end)->time - ((Event*)start)->time, OK; }
+CALL cuEventElapsedTime(float* ms, void* start, void* end) {
+  LOCKED;
+  if (!events.count(start) || !events.count(end)) return INVALID_HANDLE;
+  auto *from = (Event*)start, *to = (Event*)end;
+  if (!from->stream || !to->stream) return INVALID_HANDLE;
+  if (!from->time || !to->time) return sticky ? sticky : NOT_READY;
+  return *ms = to->time - from->time, OK;
+}
 
 CALL cuModuleLoadDataEx(void** out, const char* image, unsigned, void*, void*) {
   LOCKED;

@@ -66,6 +66,20 @@ class Stream(Protocol):
     def free(self) -> None: ...
 
 
+class Event(Protocol):
+    """A place in a stream's work."""
+
+    def record(self, stream: Stream) -> None:
+        """Put it behind all that the stream has been given."""
+        ...
+
+    def since_us(self, earlier: Event) -> float:
+        """Microseconds that the GPU took from an earlier event to this one, when both were passed. Raises BackendError."""
+        ...
+
+    def free(self) -> None: ...
+
+
 class PreparedLaunch(Protocol):
     """A kernel with its grid and its arguments, ready to be put on streams again and again."""
 
@@ -112,6 +126,14 @@ class Device(Protocol):
         """The newest CUDA that the driver knows, as (12, 6)."""
         ...
 
+    @property
+    def multiprocessors(self) -> int: ...
+
+    @property
+    def l2_bytes(self) -> int:
+        """Of the cache that all multiprocessors share."""
+        ...
+
     def current(self) -> AbstractContextManager[None]:
         """Make this the device that other libraries find in the thread, as long as the block lasts."""
         ...
@@ -131,6 +153,8 @@ class Device(Protocol):
     def unpin(self, array: NDArray[Any]) -> None: ...
 
     def stream(self) -> Stream: ...
+
+    def event(self) -> Event: ...
 
     def copy_to_device_async(self, address: int, array: NDArray[Any], stream: Stream) -> None:
         """A contiguous, pinned array to the device."""

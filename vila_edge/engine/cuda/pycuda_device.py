@@ -16,7 +16,7 @@ from vila_edge.engine.cuda.device import Stream
 from vila_edge.engine.cuda.libcuda import DRIVER_HINT, Libcuda
 from vila_edge.engine.cuda.pycuda_module import PycudaModule
 from vila_edge.engine.cuda.pycuda_owned import Owned, first_line
-from vila_edge.engine.cuda.pycuda_stream import PycudaStream, raw_stream
+from vila_edge.engine.cuda.pycuda_stream import PycudaEvent, PycudaStream, raw_stream
 from vila_edge.errors import BackendError
 
 OLDEST_DRIVER = 11040  # CUDA 11.4, the first with cuGraphInstantiateWithFlags
@@ -66,7 +66,7 @@ class PycudaDevice:
     def __init__(self, drv: Any, index: int) -> None:
         self.drv, self._libcuda = drv, Libcuda()
         with self._errors("cannot open the GPU"):
-            device = drv.Device(index)
+            self._device = device = drv.Device(index)
             self.name: str = device.name()
             major, minor = device.compute_capability()
             self.compute_capability: tuple[int, int] = (major, minor)
@@ -107,6 +107,18 @@ class PycudaDevice:
         with self._errors(what), self.current():
             yield
 
+    @property
+    def multiprocessors(self) -> int:
+        return self._attribute("MULTIPROCESSOR_COUNT")
+
+    @property
+    def l2_bytes(self) -> int:
+        return self._attribute("L2_CACHE_SIZE")
+
+    def _attribute(self, name: str) -> int:
+        with self._errors(f"the GPU does not tell its {name}"):
+            return int(self._device.get_attribute(getattr(self.drv.device_attribute, name)))
+
     def memory(self) -> tuple[int, int]:
         with self.call("the GPU does not tell its memory"):
             free, total = self.drv.mem_get_info()
@@ -136,6 +148,10 @@ class PycudaDevice:
     def stream(self) -> PycudaStream:
         with self.call("cannot make a stream"):
             return PycudaStream(self, self._libcuda, self.drv.Stream(NON_BLOCKING))
+
+    def event(self) -> PycudaEvent:
+        with self.call("cannot make an event"):
+            return PycudaEvent(self, self.drv.Event())
 
     def copy_to_device_async(self, address: int, array: NDArray[Any], stream: Stream) -> None:
         with self.call("cannot copy to the GPU"):

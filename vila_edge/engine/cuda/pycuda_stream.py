@@ -1,4 +1,4 @@
-"""Streams of PyCUDA, and graphs captured on them through libcuda."""
+"""Streams and events of PyCUDA, and graphs captured on streams through libcuda."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vila_edge.engine.cuda.device import Capture, Stream
+from vila_edge.engine.cuda.device import Capture, Event, Stream
 from vila_edge.engine.cuda.libcuda import Handle, Libcuda
 from vila_edge.engine.cuda.pycuda_owned import Owned
 from vila_edge.errors import BackendError
@@ -54,6 +54,23 @@ class PycudaGraph(Owned):
     def launch(self, stream: Stream) -> None:
         with self.device.current():
             self._libcuda("cuGraphLaunch", self._executable, Handle(stream.handle))
+
+
+class PycudaEvent(Owned):
+    """An `Event`."""
+
+    def __init__(self, device: PycudaDevice, raw: Any) -> None:
+        super().__init__(device, lambda: setattr(self, "raw", None))  # PyCUDA destroys an event with its object
+        self.raw = raw
+
+    def record(self, stream: Stream) -> None:
+        with self.device.call("cannot record an event"):
+            self.raw.record(raw_stream(stream))
+
+    def since_us(self, earlier: Event) -> float:
+        assert isinstance(earlier, PycudaEvent), earlier
+        with self.device.call("the GPU tells no time"):
+            return 1000 * float(self.raw.time_since(earlier.raw))
 
 
 def raw_stream(stream: Stream) -> Any:
