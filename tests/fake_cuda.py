@@ -95,6 +95,10 @@ class FakeDevice:
         self.streams[stream.handle] = stream
         return stream
 
+    @contextlib.contextmanager
+    def foreign(self, handle: int) -> Iterator[FakeStream]:
+        yield self.streams[handle]
+
     def event(self) -> FakeEvent:
         event = FakeEvent(self)
         self.events.add(event)

@@ -175,6 +175,47 @@ def test_a_module_without_the_kernel_is_told(kernels: DeviceKernels) -> None:
         kernels.loaded._modules["gemv_w4a16.cu"].kernel("ve_nothing", (32, 1, 1))
 
 
+class Foreign:
+    """A stream that PyCUDA knows nothing of."""
+
+    def __init__(self) -> None:
+        self.stream = ctypes.c_void_p()
+        assert FAKE.cuStreamCreate(ctypes.byref(self.stream), 0) == 0
+
+    def add(self, address: int, value: int, nbytes: int) -> None:
+        assert FAKE.cuMemsetD8Async(ctypes.c_ulonglong(address), value, ctypes.c_size_t(nbytes), self.stream) == 0
+
+    def close(self) -> None:
+        assert FAKE.cuStreamDestroy_v2(self.stream) == 0
+
+
+def test_work_keeps_its_place_on_a_stream_of_another_library(kernels: DeviceKernels, device: PycudaDevice) -> None:
+    sums, loaded = Sums(kernels), kernels.loaded
+    kept = device.alloc(2 * N)
+    with device.current():
+        foreign = Foreign()
+        handle = int(foreign.stream.value or 0)
+        for _ in range(2):  # the stand-in and its events are there already the second time
+            foreign.add(sums.y.address, 0, 2 * N)  # before
+            with device.foreign(handle) as stream:
+                assert stream.handle != handle
+                loaded.run([sums.launch()], stream)
+                device.copy_on_device_async(kept.address, sums.y.address, 2 * N, stream)
+            foreign.add(sums.y.address, 0xFF, 2 * N)  # and behind it
+        assert FAKE.cuStreamSynchronize(foreign.stream) == 0
+        foreign.close()
+    assert np.isnan(sums.y.numpy().astype(np.float32)).all()
+    device.copy_on_device_async(sums.y.address, kept.address, 2 * N, kernels.stream)
+    sums.check_once()
+
+
+def test_a_stream_of_the_device_stands_for_itself(device: PycudaDevice) -> None:
+    stream = device.stream()
+    with device.foreign(stream.handle) as found:
+        assert found is stream
+    assert held()["events"] == 0
+
+
 def test_two_sets_of_kernels_on_one_device(device: PycudaDevice, kernels: DeviceKernels) -> None:
     sums, other = Sums(kernels), Kernels(device, kernels.loaded._find)
     other.prepare(sums.launch())

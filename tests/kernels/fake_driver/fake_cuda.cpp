@@ -127,6 +127,13 @@ CALL cuEventRecord(void* handle, void* stream) {
   return OK;
 }
 CALL cuEventSynchronize(void* handle) { LOCKED; auto* event = (Event*)handle; return event->stream ? drain(event->stream, event->index) : OK; }
+CALL cuStreamWaitEvent(void* stream, void* handle, unsigned) {
+  LOCKED;
+  if (!events.count(handle)) return INVALID_HANDLE;
+  auto* from = ((Event*)handle)->stream;
+  const size_t upto = ((Event*)handle)->index;
+  return give(stream, [=] { return streams.count(from) ? drain(from, upto) : OK; });
+}
 CALL cuEventElapsedTime(float* ms, void* start, void* end) {
   LOCKED;
   if (!events.count(start) || !events.count(end)) return INVALID_HANDLE;

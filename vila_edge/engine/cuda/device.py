@@ -154,6 +154,13 @@ class Device(Protocol):
 
     def stream(self) -> Stream: ...
 
+    def foreign(self, handle: int) -> AbstractContextManager[Stream]:
+        """A stream for work that belongs on the CUstream `handle`, which another library may have made.
+
+        The work keeps its place there. Until the block ends, the other library must put nothing on it.
+        """
+        ...
+
     def event(self) -> Event: ...
 
     def copy_to_device_async(self, address: int, array: NDArray[Any], stream: Stream) -> None:

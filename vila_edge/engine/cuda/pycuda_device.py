@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from vila_edge.engine.cuda.device import Stream
 from vila_edge.engine.cuda.libcuda import DRIVER_HINT, Libcuda
+from vila_edge.engine.cuda.pycuda_foreign import StandIn
 from vila_edge.engine.cuda.pycuda_module import PycudaModule
 from vila_edge.engine.cuda.pycuda_owned import Owned, first_line
 from vila_edge.engine.cuda.pycuda_stream import PycudaEvent, PycudaStream, raw_stream
@@ -76,6 +77,7 @@ class PycudaDevice:
         self._index, self._thread = index, threading.get_ident()
         self.owned: dict[Owned, None] = {}  # what is handed out, in the order of its making
         self._pinned: dict[int, Owned] = {}  # address of an array -> its memory
+        self._stand_in: StandIn | None = None
         self._open = True
 
     def __enter__(self) -> PycudaDevice:
@@ -148,6 +150,17 @@ class PycudaDevice:
     def stream(self) -> PycudaStream:
         with self.call("cannot make a stream"):
             return PycudaStream(self, self._libcuda, self.drv.Stream(NON_BLOCKING))
+
+    @contextlib.contextmanager
+    def foreign(self, handle: int) -> Iterator[PycudaStream]:
+        own = (owned for owned in self.owned if isinstance(owned, PycudaStream) and owned.handle == handle)
+        if stream := next(own, None):
+            yield stream
+            return
+        with self.current():
+            self._stand_in = self._stand_in or StandIn(self, self._libcuda)
+            with self._stand_in.instead_of(handle) as stream:
+                yield stream
 
     def event(self) -> PycudaEvent:
         with self.call("cannot make an event"):
