@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from tests.kernels.host import Compiled
 from vila_edge.engine.cuda.device import Device
 from vila_edge.engine.cuda.kernels import Find, Kernels
 from vila_edge.kernels import store
 from vila_edge.kernels.launch import Launch
+from vila_edge.kernels.manifest import Manifest
+from vila_edge.kernels.store import Image, Version
 
 
 class DeviceArray:
@@ -59,3 +62,13 @@ class DeviceKernels:
     def run(self, launch: Launch) -> None:
         self.loaded.run([launch], self.stream)
         self.stream.synchronize()
+
+
+def host_find(compiled: Compiled) -> Find:
+    """What finds kernels that were compiled for the CPU, for the devices that are none."""
+
+    def find(manifest: Manifest, file: str, compute_capability: Version, driver: Version) -> Image:
+        assert (compute_capability, driver) == ((8, 7), (12, 6))
+        return Image(compiled.image(file), "built", "built for the CPU")
+
+    return find

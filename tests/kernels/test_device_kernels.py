@@ -7,7 +7,7 @@ import pytest
 
 from tests.fake_cuda import FakeDevice
 from tests.kernels.host import Compiled
-from tests.kernels.on_device import DeviceKernels
+from tests.kernels.on_device import DeviceKernels, host_find
 from tests.kernels.oracle import dequantize, halves, product, random_int4
 from vila_edge.engine.cuda.device import Device
 from vila_edge.engine.cuda.kernels import Kernels
@@ -49,12 +49,7 @@ class Sums:
 
 def on_host(device: Device, compiled: Compiled) -> DeviceKernels:
     """Kernels that were compiled for the CPU, in place of those for a GPU."""
-
-    def find(manifest: Manifest, file: str, compute_capability: Version, driver: Version) -> Image:
-        assert (compute_capability, driver) == ((8, 7), (12, 6))
-        return Image(compiled.image(file), "built", "built for the CPU")
-
-    return DeviceKernels(device, find)
+    return DeviceKernels(device, host_find(compiled))
 
 
 def compute_in_a_graph(kernels: DeviceKernels) -> None:
