@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import threading
 from collections.abc import Iterator
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from tests.kernels.host import Compiled
-from tests.kernels.on_device import DeviceKernels
+from tests.kernels.on_device import DeviceKernels, host_find
+from tests.kernels.test_bench_kernels import OPTIONS, TINY
 from tests.kernels.test_device_kernels import N, Sums, compute_in_a_graph, on_host
+from vila_edge.bench.kernels import run
 from vila_edge.engine.cuda import open_device
 from vila_edge.engine.cuda.kernels import Kernels
 from vila_edge.engine.cuda.pycuda_device import PycudaDevice
@@ -195,12 +198,14 @@ def test_work_keeps_its_place_on_a_stream_of_another_library(kernels: DeviceKern
     with device.current():
         foreign = Foreign()
         handle = int(foreign.stream.value or 0)
-        for _ in range(2):  # the stand-in and its events are there already the second time
+        for waits_within in (False, True):  # the stand-in and its events are there already the second time
             foreign.add(sums.y.address, 0, 2 * N)  # before
             with device.foreign(handle) as stream:
                 assert stream.handle != handle
                 loaded.run([sums.launch()], stream)
                 device.copy_on_device_async(kept.address, sums.y.address, 2 * N, stream)
+                if waits_within:
+                    stream.synchronize()
             foreign.add(sums.y.address, 0xFF, 2 * N)  # and behind it
         assert FAKE.cuStreamSynchronize(foreign.stream) == 0
         foreign.close()
@@ -214,6 +219,34 @@ def test_a_stream_of_the_device_stands_for_itself(device: PycudaDevice) -> None:
     with device.foreign(stream.handle) as found:
         assert found is stream
     assert held()["events"] == 0
+
+
+def test_events_tell_how_long_work_took(kernels: DeviceKernels, device: PycudaDevice) -> None:
+    sums, stream, events = Sums(kernels), kernels.stream, [device.event() for _ in range(3)]
+    events[0].record(stream)
+    kernels.loaded.run([sums.launch()] * 4, stream)
+    events[1].record(stream)
+    events[2].record(stream)
+    with pytest.raises(BackendError, match="the GPU tells no time: .*not ready"):
+        events[1].since_us(events[0])
+    stream.synchronize()
+    assert events[1].since_us(events[0]) > 10 * events[2].since_us(events[1]) >= 0
+    events[0].free()
+    events[0].free()
+    assert held()["events"] == 2
+
+
+def test_kernels_are_measured(device: PycudaDevice, compiled: Compiled) -> None:
+    """All of `vila-edge bench kernels` on small models: what it needs of PyCUDA and of the driver is there."""
+    assert (device.multiprocessors, device.l2_bytes) == (16, 4 << 20)
+    shapes = dataclasses.replace(TINY, batches=(1,), tokens=(33,), images=(1,))
+    before = held()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "sets_for", lambda nbytes, l2_bytes: 2)
+        found = run.bench_kernels(device, shapes, dataclasses.replace(OPTIONS, repeat=1), find=host_find(compiled))
+    assert held() == before
+    assert {row["group"] for row in found["kernels"]} == {"decode", "prefill", "projector", "other"}
+    assert all(row["p50_us"] > 0 and row["of_copy_bandwidth"] > 0 for row in found["kernels"])
 
 
 def test_two_sets_of_kernels_on_one_device(device: PycudaDevice, kernels: DeviceKernels) -> None:
