@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.kernels.host import ORDERS, Compiled, HostKernels
-from tests.kernels.on_device import DeviceKernels
+from tests.kernels.on_device import DeviceKernels, host_find
 from tests.kernels.runner import Runner
 from vila_edge.engine.cuda import open_device
+from vila_edge.kernels import store
 
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
 
@@ -35,5 +37,6 @@ def _runner(place: str, compiled: Compiled) -> Iterator[Runner]:
     if place != "gpu":
         yield HostKernels(compiled, place)  # type: ignore[arg-type]
         return
+    find = host_find(compiled) if os.environ.get("VILA_EDGE_FAKE_DRIVER") else store.find
     with open_device() as device:
-        yield DeviceKernels(device)
+        yield DeviceKernels(device, find)

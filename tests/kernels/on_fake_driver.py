@@ -192,21 +192,25 @@ class Foreign:
         assert FAKE.cuStreamDestroy_v2(self.stream) == 0
 
 
-def test_work_keeps_its_place_on_a_stream_of_another_library(kernels: DeviceKernels, device: PycudaDevice) -> None:
-    sums, loaded = Sums(kernels), kernels.loaded
-    kept = device.alloc(2 * N)
+@pytest.mark.parametrize("times", [1, 2])  # the stand-in and its events are there already the second time
+@pytest.mark.parametrize("at_once", [True, False])
+def test_work_keeps_its_place_on_a_stream_of_another_library(
+    kernels: DeviceKernels, device: PycudaDevice, times: int, at_once: bool
+) -> None:
+    sums, loaded, kept = Sums(kernels), kernels.loaded, device.alloc(2 * N)
     with device.current():
         foreign = Foreign()
         handle = int(foreign.stream.value or 0)
-        for waits_within in (False, True):  # the stand-in and its events are there already the second time
-            foreign.add(sums.y.address, 0, 2 * N)  # before
+        for _ in range(times):
+            foreign.add(kept.address, 0xFF, 2 * N)
+            foreign.add(sums.y.address, 0, 2 * N)
             with device.foreign(handle) as stream:
                 assert stream.handle != handle
                 loaded.run([sums.launch()], stream)
                 device.copy_on_device_async(kept.address, sums.y.address, 2 * N, stream)
-                if waits_within:
+                if at_once:
                     stream.synchronize()
-            foreign.add(sums.y.address, 0xFF, 2 * N)  # and behind it
+            foreign.add(sums.y.address, 0xFF, 2 * N)
         assert FAKE.cuStreamSynchronize(foreign.stream) == 0
         foreign.close()
     assert np.isnan(sums.y.numpy().astype(np.float32)).all()
