@@ -22,8 +22,11 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from vila_edge import fsio
+from vila_edge.engine.cuda.projector import FILE
 from vila_edge.engine.tensorrt_options import MAX_KEPT, BuildOptions, runtime_of
 from vila_edge.errors import BackendError, VilaEdgeError
+from vila_edge.kernels.manifest import manifest
+from vila_edge.kernels.shipped import source_digest
 from vila_edge.machine_secret import ELSEWHERE, NO_ACCESS, SECRET, make_own_folder, read_secret
 from vila_edge.version import __version__
 
@@ -71,7 +74,10 @@ def build_flags(component: str, options: BuildOptions) -> dict[str, Flag]:
     flags: dict[str, Flag] = {"workspace": options.workspace}
     if component == "decoder":
         return flags | {"context": options.context, "chunk": options.chunk, "form": options.form, "kept": MAX_KEPT}
-    return flags | {"images": options.images}
+    flags |= {"images": options.images}
+    if component == "mm_projector" and options.projector == "plugin":
+        flags |= {"projector": "plugin", "kernels": source_digest(manifest(), FILE)}
+    return flags
 
 
 def default_root() -> Path:

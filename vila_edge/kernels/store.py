@@ -16,7 +16,7 @@ from vila_edge.kernels.manifest import Manifest
 from vila_edge.kernels.nvrtc import INSTALL, Nvrtc, dotted, find_nvrtc
 from vila_edge.kernels.shipped import Sources, read_code, read_index, source_digest
 
-Origin = Literal["shipped", "driver", "cache", "built"]
+Origin = Literal["shipped", "driver", "cache", "built", "engine"]
 Version = tuple[int, int]
 Say = Callable[[str], object]
 
