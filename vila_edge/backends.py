@@ -5,6 +5,7 @@ from __future__ import annotations
 from vila_edge.bindings import CacheType
 from vila_edge.bundle import Bundle
 from vila_edge.engine.protocol import Engine
+from vila_edge.engine.tensorrt_options import PROJECTOR_CHOICES as PROJECTORS
 from vila_edge.errors import UsageError
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
 
@@ -13,12 +14,18 @@ KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask fo
 
 
 def open_engine(
-    bundle: Bundle, backend: str = "auto", threads: int | None = None, kv_cache: str = "float32", context: int = 0
+    bundle: Bundle,
+    backend: str = "auto",
+    threads: int | None = None,
+    kv_cache: str = "float32",
+    context: int = 0,
+    projector: str = "engine",
 ) -> Engine:
     """The engine of that name. `auto` takes onnxruntime on the CPU.
 
     `threads` of the CPU, by default as many as the process may use; `kv_cache`: what onnxruntime keeps it in;
-    `context`: positions that a TensorRT engine must have been built for, by default as many as the last one.
+    `context`: positions that a TensorRT engine must have been built for, by default as many as the last one;
+    `projector`: beside TensorRT our own kernels can compute it, as `kernel`, in place of its engine.
     Raises UsageError, BackendError if the backend is not there or cannot run here, BundleError.
     """
     if backend not in BACKENDS:
@@ -27,12 +34,16 @@ def open_engine(
         raise UsageError(f"unknown type of kv_cache {kv_cache!r}", f"known types: {', '.join(KV_CACHES)}")
     if kv_cache != "float32" and backend not in ("auto", "onnxruntime"):
         raise UsageError(f"a kv_cache in {kv_cache} is not there on {backend}", "take --backend onnxruntime for it")
+    if projector not in PROJECTORS:
+        raise UsageError(f"unknown projector {projector!r}", f"known are: {', '.join(PROJECTORS)}")
+    if projector != "engine" and backend != "tensorrt":
+        raise UsageError(f"no projector in kernels on {backend}", "take --backend tensorrt for it")
     if backend == "numpy":
         return numpy_engine(bundle.config, bundle_parameters(bundle))
     if backend == "tensorrt":
         from vila_edge.engine.tensorrt import TensorrtEngine
 
-        return TensorrtEngine(bundle, context=context)
+        return TensorrtEngine(bundle, context=context, projector=PROJECTORS[PROJECTORS.index(projector)])
     from vila_edge.engine.onnxruntime import OnnxruntimeEngine
 
     if backend == "onnxruntime-cuda":

@@ -19,7 +19,14 @@ from vila_edge.bundle import WEIGHTS, Bundle
 from vila_edge.config import VilaConfig
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, build_flags, engine_key
 from vila_edge.engine.plan import tiles_at_once
-from vila_edge.engine.tensorrt_options import SCATTER_SINCE, BuildOptions, KVForm, default_form, runtime_of
+from vila_edge.engine.tensorrt_options import (
+    SCATTER_SINCE,
+    BuildOptions,
+    KVForm,
+    ProjectorForm,
+    default_form,
+    runtime_of,
+)
 from vila_edge.errors import BackendError, UsageError
 from vila_edge.export.ctrl_c import CtrlC
 from vila_edge.visual import TOWER_BATCH
@@ -90,6 +97,7 @@ def choose_options(
     images: int | None = None,
     form: KVForm | None = None,
     workspace: int | None = None,
+    projector: ProjectorForm = "graph",
 ) -> BuildOptions:
     """What a build is made with where nothing is said. Raises UsageError for what does not fit the model."""
     longest = cfg.llm.context_length
@@ -107,6 +115,7 @@ def choose_options(
         images=images or tiles_at_once(cfg, TOWER_BATCH),
         form=form or default_form(trt),
         workspace=workspace,
+        projector=projector,
     )
 
 
