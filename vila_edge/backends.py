@@ -5,11 +5,12 @@ from __future__ import annotations
 from vila_edge.bindings import CacheType
 from vila_edge.bundle import Bundle
 from vila_edge.engine.protocol import Engine
-from vila_edge.engine.tensorrt_options import PROJECTOR_CHOICES as PROJECTORS
+from vila_edge.engine.tensorrt_options import PROJECTOR_CHOICES
 from vila_edge.errors import UsageError
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
 
 BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "numpy")
+PROJECTORS = PROJECTOR_CHOICES  # who computes the projector beside TensorRT
 KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask for
 
 

@@ -31,6 +31,9 @@ def bench(
     images: Annotated[int, typer.Option(help="Images of noise that are looked at; 0 leaves them out.")] = 1,
     warmup: Annotated[int, typer.Option(help="Times that each stage runs before.")] = 1,
     kv_cache: Annotated[str, typer.Option(help="float32 or int8.")] = "float32",
+    projector: Annotated[
+        str, typer.Option(help="With --backend tensorrt: its engine, or kernel: vila-edge's own.")
+    ] = "engine",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write it there, with every sample.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the tables there.")] = None,
 ) -> None:
@@ -55,6 +58,7 @@ def bench(
         images=images,
         warmup=warmup,
         kv_cache=kv_cache,
+        projector=projector,
     )
     with console.status("starting") as status:
         found = run(bundle, options, lambda step: status.update(step))

@@ -190,7 +190,7 @@ class Plugin:
             assert device is not None
             (images, *_), (x, *weights), (out,) = tuple(input_desc[0].dims), inputs, outputs
             places = dict(zip(self.shape.weights, weights, strict=True))
-            launches = self.shape.launches(places, x, workspace, out, images)
+            launches = self.shape.launches(places, x, workspace, out, images, multiprocessors=device.multiprocessors)
             with device.foreign(stream) as ours:
                 kernels.run(launches, ours)
         except BaseException as error:

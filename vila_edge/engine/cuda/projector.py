@@ -88,7 +88,8 @@ class KernelProjector:
         self._kernels.run(launches, self._stream)
 
     def _launches(self, x: int, out: int, images: int, stride: int = 0, first_rows: int = 0) -> list[Launch]:
-        return self._shape.launches(self._weights, x, self._scratch, out, images, stride, first_rows)
+        count = self._device.multiprocessors
+        return self._shape.launches(self._weights, x, self._scratch, out, images, stride, first_rows, count)
 
     def __call__(self, image_features: FloatArray) -> FloatArray:
         """[N, P, D_vision] to [N, T, D], float32, as many at once as there is room for."""
