@@ -22,10 +22,10 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from vila_edge import fsio
-from vila_edge.engine.cuda.projector import FILE
 from vila_edge.engine.tensorrt_options import MAX_KEPT, BuildOptions, runtime_of
 from vila_edge.errors import BackendError, VilaEdgeError
 from vila_edge.kernels.manifest import manifest
+from vila_edge.kernels.projector import FILE
 from vila_edge.kernels.shipped import source_digest
 from vila_edge.machine_secret import ELSEWHERE, NO_ACCESS, SECRET, make_own_folder, read_secret
 from vila_edge.version import __version__

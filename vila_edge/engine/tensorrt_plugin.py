@@ -19,10 +19,9 @@ import numpy as np
 
 from vila_edge.engine.cuda.device import Device
 from vila_edge.engine.cuda.kernels import Kernels
-from vila_edge.engine.cuda.projector import FILE
 from vila_edge.errors import BackendError, ConfigError
 from vila_edge.kernels.manifest import Manifest, manifest
-from vila_edge.kernels.projector import ProjectorShape
+from vila_edge.kernels.projector import FILE, ProjectorShape
 from vila_edge.kernels.shipped import source_digest
 from vila_edge.kernels.store import Image, Version
 from vila_edge.plain import from_plain
@@ -122,7 +121,8 @@ class Plugin:
             base.__init__(self)  # TensorRT wants each of them
         self.plugin_name, self.plugin_version, self.plugin_namespace, self.num_outputs = NAME, VERSION, NAMESPACE, 1
         self.carried, self.home, self.shape = carried, home, carried.about.projector
-        self._given: Any = None
+        # What TensorRT is given to serialise has to be there as long as the plugin.
+        self._fields = {name: np.frombuffer(value, np.uint8) for name, value in carried.fields.items()}
 
     def get_capability_interface(self, kind: Any) -> Plugin:
         return self
@@ -135,12 +135,8 @@ class Plugin:
 
     def get_fields_to_serialize(self) -> Any:
         trt = self.trt
-        fields = [
-            trt.PluginField(name, np.frombuffer(value, np.uint8), trt.PluginFieldType.CHAR)
-            for name, value in self.carried.fields.items()
-        ]
-        self._given = trt.PluginFieldCollection(fields)  # kept, as TensorRT reads it later
-        return self._given
+        kind = trt.PluginFieldType.CHAR
+        return trt.PluginFieldCollection([trt.PluginField(name, array, kind) for name, array in self._fields.items()])
 
     # how it is built
 

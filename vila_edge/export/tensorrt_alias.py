@@ -8,10 +8,10 @@ it gives itself. So one is loaded that is nothing but that name, and whose symbo
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
 import struct
+import tempfile
 from pathlib import Path
 
 from vila_edge.errors import BackendError
@@ -31,12 +31,7 @@ def name_for_parser() -> None:
         return
     real = next(iter(re.findall(rf"/({re.escape(ALIAS)}\.\d+)$", _MAPS.read_text(), re.MULTILINE)), f"{ALIAS}.1")
     try:
-        descriptor = os.memfd_create(ALIAS)
-        try:
-            os.write(descriptor, library(ALIAS, real, _MACHINES[platform.machine()]))
-            ctypes.CDLL(f"/proc/self/fd/{descriptor}")
-        finally:
-            os.close(descriptor)
+        load_alias(ALIAS, real)
         if not _is_found():
             raise OSError("the loader does not take the name")
     except (OSError, KeyError) as error:
@@ -44,6 +39,15 @@ def name_for_parser() -> None:
             f"TensorRT for RTX reads no graph with a plugin: there is no {ALIAS} ({error})",
             f"make it, a link to {real} beside that file; or vila-edge build BUNDLE --projector graph",
         ) from None
+
+
+def load_alias(name: str, real: str) -> None:
+    """Load a library called `name` that is nothing but another one. Raises OSError, KeyError for an unknown machine."""
+    content = library(name, real, _MACHINES[platform.machine()])
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded stays when its file is gone
+        path = Path(folder) / name
+        path.write_bytes(content)
+        ctypes.CDLL(str(path))
 
 
 def _is_found() -> bool:

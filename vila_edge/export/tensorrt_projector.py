@@ -10,7 +10,7 @@ from types import ModuleType
 from vila_edge import bindings, fsio
 from vila_edge.bundle import Bundle
 from vila_edge.engine.cuda import open_device
-from vila_edge.engine.cuda.projector import FILE, bundle_projector
+from vila_edge.engine.cuda.projector import bundle_projector
 from vila_edge.engine.tensorrt_options import BuildOptions, graph_bindings, runtime_of
 from vila_edge.engine.tensorrt_plugin import NAME, NAMESPACE, Carried, PluginHome, carried
 from vila_edge.errors import BackendError
@@ -19,6 +19,7 @@ from vila_edge.export.tensorrt_alias import name_for_parser
 from vila_edge.export.tensorrt_append_ops import AppendOps
 from vila_edge.kernels import store
 from vila_edge.kernels.manifest import manifest
+from vila_edge.kernels.projector import FILE
 from vila_edge.kernels.store import Version
 from vila_edge.tensorfile import TensorFile, write_tensors
 

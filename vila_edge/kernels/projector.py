@@ -20,6 +20,7 @@ from vila_edge.kernels.launch import Launch
 from vila_edge.kernels.manifest import manifest
 from vila_edge.parameters import Shape, ShapeOps
 
+FILE = "projector.cu"  # the kernels, in kernels/src
 VECTOR = 8  # halves that the kernel reads and writes at once: 16 bytes
 K_STEP = 64  # numbers of a row that a tile holds
 OUTPUTS_STEP = 128  # a multiple of every tile's outputs

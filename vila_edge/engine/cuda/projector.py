@@ -14,7 +14,7 @@ from vila_edge.engine.cuda.device import Arena, Device, Staging, Stream
 from vila_edge.engine.cuda.kernels import Kernels
 from vila_edge.errors import BackendError
 from vila_edge.kernels.launch import Launch
-from vila_edge.kernels.projector import Projector, fold_projector
+from vila_edge.kernels.projector import FILE, Projector, fold_projector
 from vila_edge.parameters import component, parameter_shapes
 from vila_edge.stored import StoredParameters
 from vila_edge.tensorfile import TensorFile
@@ -22,7 +22,6 @@ from vila_edge.tensorfile import TensorFile
 FloatArray = NDArray[np.float32]
 
 COMPONENT = "mm_projector"
-FILE = "projector.cu"  # of the kernels
 WITHOUT = "use TensorRT's engine of it: --projector engine, and vila-edge build BUNDLE if there is none yet"
 _PIECE = 4 << 20  # bytes of pinned memory that weights go through
 _SCRATCH = "scratch"  # no name of a weight
