@@ -26,6 +26,7 @@ from vila_edge.bench.kernels.targets import judge
 from vila_edge.config import Heads
 from vila_edge.engine.cuda.kernels import Kernels
 from vila_edge.errors import BackendError
+from vila_edge.kernels.manifest import manifest
 
 __all__ = ["in_process"]
 
@@ -97,6 +98,25 @@ def test_every_product_of_a_decoder_is_there_as_a_decoder_launches_it(found: dic
     assert projector["p50_us"] == pytest.approx(20), "both launches"
     others = {r["name"] for r in found["kernels"] if r["group"] == "other"}
     assert others == {"Tiny RMSNorm + residual", "Tiny embedding", "Tiny image to patches"}
+
+
+def test_decode_ends_each_product_as_a_decoder_does() -> None:
+    ends = dict[str, set[str]]()
+    for workload in workloads(dataclasses.replace(TINY, projections=[Projection("T", "linear", 1, 8, 8)]), 4):
+        at = {name: 1 << 8 for name in {**workload.rotated, **workload.shared}}
+        for case in workload.cases:
+            (launch, *_) = case.launches(at)
+            if case.group in ("decode", "prefill"):
+                names = [argument.name for argument in manifest()[launch.kernel].parameters]
+                given = {name for name, value in zip(names, launch.arguments, strict=True) if value}
+                ends[f"{workload.name} {case.group}"] = given & {"gamma", "swiglu", "residual", "rotated_tiles"}
+    assert {name: end for name, end in ends.items() if end} == {
+        "Tiny qkv decode": {"gamma", "rotated_tiles"},
+        "Tiny o decode": {"residual"},
+        "Tiny gate+up decode": {"gamma", "swiglu"},
+        "Tiny down decode": {"residual"},
+        "Tiny lm_head, 8 bits decode": {"gamma"},
+    }
 
 
 def test_nothing_is_left_on_the_device(found: dict[str, Any], device: FakeDevice) -> None:
