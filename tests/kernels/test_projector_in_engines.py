@@ -23,7 +23,7 @@ from tests.tensorrt_engines import Built, build_fakes
 from vila_edge.backends import open_engine
 from vila_edge.engine.cuda.projector import bundle_projector
 from vila_edge.engine.engine_cache import EngineCache, build_flags, engine_key
-from vila_edge.engine.tensorrt import TensorrtEngine
+from vila_edge.engine.tensorrt import Component, TensorrtEngine
 from vila_edge.engine.tensorrt_plugin import ABOUT, Carried, PluginHome, carried, read_fields
 from vila_edge.errors import BackendError, UsageError
 from vila_edge.export.tensorrt_projector import kernels_code, write_plugin
@@ -118,7 +118,10 @@ def test_an_engine_with_the_plugin_runs_the_kernels_that_it_carries(
     check(engine, with_plugin)
     check(engine, with_plugin)
     assert device.calls["load_module"] == 1
-    assert device.calls["kernel"] == 2 * 2 * len(bundle_projector(with_plugin.bundle).products)
+    shape = bundle_projector(with_plugin.bundle).shape
+    assert isinstance(engine._mm_projector, Component)
+    assert engine._mm_projector._session._engine.scratch_bytes == shape.scratch_bytes(2) > shape.scratch_bytes(1)
+    assert device.calls["kernel"] == 2 * 2 * len(shape.products)
 
 
 def test_two_engines_with_the_plugin_have_a_home_each(use: Open, with_plugin: Built) -> None:
