@@ -7,15 +7,18 @@ Fresh and freed memory is full of NaN, copies are checked against what is alloca
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from vila_edge.engine.cuda.device import ALIGNMENT, Capture, Stream
+from tests.kernels.host import IMAGE, call
+from vila_edge.engine.cuda.device import ALIGNMENT, Capture, Event, Stream
 from vila_edge.errors import BackendError
 
 POISON = 0xFF  # a NaN in every type of float
@@ -23,21 +26,32 @@ Work = Callable[[], None]
 
 
 class FakeDevice:
-    """`calls` counts what was asked of it, by name. It refuses to hold more than `total` bytes."""
+    """`calls` counts what was asked of it, by name. It refuses to hold more than `total` bytes.
+
+    Its time is what `takes` says of each launch and `copy_takes`, in microseconds; nothing else takes any.
+    """
 
     name = "Fake Orin"
+    multiprocessors = 4
+    l2_bytes = 1 << 12
 
     def __init__(self, total: int = 1 << 30, compute_capability: tuple[int, int] = (8, 7)) -> None:
         self.total, self.compute_capability = total, compute_capability
+        self.driver = (12, 6)
         self.calls: Counter[str] = Counter()
         self.buffers: dict[int, FakeBuffer] = {}
         self.pins: dict[int, NDArray[np.uint8]] = {}
         self.streams: dict[int, FakeStream] = {}
+        self.modules: list[FakeModule] = []
         self.reserved = 0  # bytes that a runtime took for itself
         self.depth = 0  # of `current`
         self.capturing = False
         self.capture_fails = ""
         self.closed = False
+        self.now_us = 0.0
+        self.takes: Callable[[FakeLaunch], float] = lambda launch: 1.0
+        self.copy_takes = 1.0  # of a copy from device to device
+        self.events: set[FakeEvent] = set()
         self._graveyard: list[NDArray[np.uint8]] = []  # freed memory stays poisoned and is not given out again
         self._handles = itertools.count(1)
 
@@ -81,6 +95,15 @@ class FakeDevice:
         self.streams[stream.handle] = stream
         return stream
 
+    @contextlib.contextmanager
+    def foreign(self, handle: int) -> Iterator[FakeStream]:
+        yield self.streams[handle]
+
+    def event(self) -> FakeEvent:
+        event = FakeEvent(self)
+        self.events.add(event)
+        return event
+
     def view(self, address: int, nbytes: int) -> NDArray[np.uint8]:
         """The bytes at an address, all within one allocation."""
         for buffer in self.buffers.values():
@@ -108,11 +131,25 @@ class FakeDevice:
 
     def copy_on_device_async(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         self.view(target, nbytes), self.view(source, nbytes)
-        self.enqueue(stream.handle, lambda: np.copyto(self.view(target, nbytes), self.view(source, nbytes)))
+
+        def work() -> None:
+            np.copyto(self.view(target, nbytes), self.view(source, nbytes))
+            self.now_us += self.copy_takes
+
+        self.enqueue(stream.handle, work)
 
     def memset(self, address: int, value: int, nbytes: int, stream: Stream) -> None:
         self.view(address, nbytes)
         self.enqueue(stream.handle, lambda: self.view(address, nbytes).fill(value))
+
+    def load_module(self, code: bytes) -> FakeModule:
+        assert not self.capturing, "a capture loads no code"
+        if not code.startswith(IMAGE):
+            raise BackendError("the driver does not take the kernels: no kernel image is available for the device")
+        self.calls["load_module"] += 1
+        module = FakeModule(self, ctypes.CDLL(code[len(IMAGE) :].rstrip(b"\0").decode()))
+        self.modules.append(module)
+        return module
 
     def enqueue(self, handle: int, work: Work) -> None:
         stream = self.streams[handle]
@@ -123,6 +160,9 @@ class FakeDevice:
             buffer.free()
         self.pins.clear()
         self.streams.clear()
+        self.events.clear()
+        for module in list(self.modules):
+            module.free()
         self.closed = True
 
 
@@ -169,6 +209,25 @@ class FakeStream:
         self._device.streams.pop(self.handle, None)
 
 
+class FakeEvent:
+    def __init__(self, device: FakeDevice) -> None:
+        self._device = device
+        self.passed: float | None = None
+
+    def record(self, stream: Stream) -> None:
+        assert self in self._device.events, "the event was freed"
+        self.passed = None
+        self._device.enqueue(stream.handle, lambda: setattr(self, "passed", self._device.now_us))
+
+    def since_us(self, earlier: Event) -> float:
+        assert isinstance(earlier, FakeEvent)
+        assert self.passed is not None and earlier.passed is not None, "an event was not passed yet"
+        return self.passed - earlier.passed
+
+    def free(self) -> None:
+        self._device.events.discard(self)
+
+
 class FakeGraph:
     def __init__(self, device: FakeDevice, work: list[Work]) -> None:
         self._device, self._work = device, work
@@ -183,6 +242,52 @@ class FakeGraph:
     def free(self) -> None:
         self.freed = True
         self._work = []
+
+
+class FakeModule:
+    """Kernels that were compiled for the CPU: see tests/kernels/host.py."""
+
+    def __init__(self, device: FakeDevice, library: ctypes.CDLL) -> None:
+        self.device, self.library = device, library
+
+    def kernel(self, name: str, block: tuple[int, int, int], shared_memory: int = 0) -> FakeKernel:
+        if not hasattr(self.library, f"ve_host_{name}"):
+            raise BackendError(f"cannot use kernel {name}: named symbol not found")
+        return FakeKernel(self, name, block, shared_memory)
+
+    def free(self) -> None:
+        if self in self.device.modules:
+            self.device.modules.remove(self)
+
+
+@dataclass(frozen=True)
+class FakeKernel:
+    module: FakeModule
+    name: str
+    block: tuple[int, int, int]
+    shared_memory: int
+
+    def prepare(self, grid: tuple[int, int, int], arguments: bytes) -> FakeLaunch:
+        return FakeLaunch(self, grid, arguments)
+
+
+@dataclass(frozen=True)
+class FakeLaunch:
+    kernel: FakeKernel
+    grid: tuple[int, int, int]
+    arguments: bytes
+
+    def launch(self, stream: Stream) -> None:
+        device = self.kernel.module.device
+        assert device.depth, "a launch needs the device to be current"
+        device.calls["kernel"] += 1
+        device.enqueue(stream.handle, self._run)
+
+    def _run(self) -> None:
+        kernel = self.kernel
+        assert kernel.module in kernel.module.device.modules, "the module was freed"
+        call(kernel.module.library, kernel.name, self.grid, kernel.block, kernel.shared_memory, self.arguments)
+        kernel.module.device.now_us += kernel.module.device.takes(self)
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:

@@ -294,7 +294,14 @@ def test_the_command_tells_what_it_did(
         87,
         False,
     )
-    assert found["options"] == {"context": 128, "chunk": 128, "images": 1, "form": "append", "workspace": None}
+    assert found["options"] == {
+        "context": 128,
+        "chunk": 128,
+        "images": 1,
+        "form": "append",
+        "workspace": None,
+        "projector": "graph",
+    }
     [engine] = found["engines"]
     assert (engine["component"], engine["built"], engine["seconds"]) == ("decoder", False, 0)
     assert Path(engine["path"]).stat().st_size > engine["bytes"] > 0
@@ -302,8 +309,9 @@ def test_the_command_tells_what_it_did(
 
 def test_options_reach_the_builder(orin: Builder, tiny_bundle: Path, in_process: Callable[..., Done]) -> None:
     options = ["--context", "100", "--chunk", "50", "--images", "2", "--kv-form", "append", "--workspace-mib", "3"]
+    options += ["--projector", "plugin"]
     assert in_process("build", tiny_bundle, "--component", "decoder", *options).returncode == 0
-    assert orin.calls[0][1]["options"] == BuildOptions(100, 50, 2, "append", 3 << 20)
+    assert orin.calls[0][1]["options"] == BuildOptions(100, 50, 2, "append", 3 << 20, "plugin")
     assert in_process("build", tiny_bundle, "--component", "decoder", *options, "--force").returncode == 0
     assert orin.built == ["decoder", "decoder"]
 

@@ -79,7 +79,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, fake: Any) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pycuda", SimpleNamespace(driver=fake))
         patch.setitem(sys.modules, "pycuda.driver", fake)
-        patch.setattr(pycuda_device, "Libcuda", lambda: None)
+        patch.setattr(pycuda_device, "Libcuda", lambda: SimpleNamespace(pop_context=lambda: None))
         yield
 
 
@@ -121,6 +121,25 @@ def test_too_little_memory_says_how_much_was_asked_and_is_free(monkeypatch: pyte
             device.alloc(2_000_000)
         assert fake.pushed == 0
         assert (device.name, device.compute_capability) == ("Orin", (8, 7))
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("cuModuleLoadDataEx failed: out of memory", "end other programs that use the GPU"),
+        ("cuModuleLoadDataEx failed: no kernel image is available for execution on the device", "update the driver"),
+        ("cuModuleLoadDataEx failed: the provided PTX was compiled with an unsupported toolchain", "update the driver"),
+    ],
+)
+def test_kernels_that_do_not_load_are_told(monkeypatch: pytest.MonkeyPatch, reason: str, remedy: str) -> None:
+    class Refusing(FakeDriver):
+        def module_from_buffer(self, code: bytes) -> None:
+            raise self.Error(reason)
+
+    with driver(monkeypatch, Refusing()), open_device() as device:
+        with pytest.raises(BackendError, match=f"the driver does not take the kernels: {reason}") as caught:
+            device.load_module(b"code")
+        assert remedy in caught.value.hint and device.owned == {}
 
 
 def test_memory_is_freed_once_by_its_owner_or_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

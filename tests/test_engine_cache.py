@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from vila_edge.engine import machine_secret
+from vila_edge import machine_secret
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, build_flags, default_root, engine_key
 from vila_edge.engine.tensorrt_options import BuildOptions, default_form, load_tensorrt
 from vila_edge.errors import BackendError

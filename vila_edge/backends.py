@@ -6,21 +6,30 @@ from vila_edge.bindings import CacheType
 from vila_edge.bundle import Bundle
 from vila_edge.cores import usable_cores
 from vila_edge.engine.protocol import Engine
+from vila_edge.engine.tensorrt_options import PROJECTOR_CHOICES, RuntimeChoice
 from vila_edge.errors import UsageError
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
 
 BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx", "numpy")
+TENSORRTS = ("tensorrt", "tensorrt_rtx")
 THREADS_PER_CORE = 8  # at most: onnxruntime starts as many as it is told, and waits busily in each
+PROJECTORS = PROJECTOR_CHOICES  # who computes the projector beside TensorRT
 KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask for
 
 
 def open_engine(
-    bundle: Bundle, backend: str = "auto", threads: int | None = None, kv_cache: str = "float32", context: int = 0
+    bundle: Bundle,
+    backend: str = "auto",
+    threads: int | None = None,
+    kv_cache: str = "float32",
+    context: int = 0,
+    projector: str = "engine",
 ) -> Engine:
     """The engine of that name. `auto` takes onnxruntime on the CPU, `tensorrt` whichever of the two TensorRTs is there.
 
     `threads` of the CPU, by default as many as the process may use; `kv_cache`: what onnxruntime keeps it in;
-    `context`: positions that a TensorRT engine must have been built for, by default as many as the last one.
+    `context`: positions that a TensorRT engine must have been built for, by default as many as the last one;
+    `projector`: beside TensorRT our own kernels can compute it, as `kernel`, in place of its engine.
     Raises UsageError, BackendError if the backend is not there or cannot run here, BundleError.
     """
     if backend not in BACKENDS:
@@ -30,12 +39,18 @@ def open_engine(
     if kv_cache != "float32" and backend not in ("auto", "onnxruntime"):
         raise UsageError(f"a kv_cache in {kv_cache} is not there on {backend}", "take --backend onnxruntime for it")
     _check_threads(threads)
+    if projector not in PROJECTORS:
+        raise UsageError(f"unknown projector {projector!r}", f"known are: {', '.join(PROJECTORS)}")
+    if projector != "engine" and backend not in TENSORRTS:
+        raise UsageError(f"no projector in kernels on {backend}", "take --backend tensorrt for it")
     if backend == "numpy":
         return numpy_engine(bundle.config, bundle_parameters(bundle))
-    if backend in ("tensorrt", "tensorrt_rtx"):
+    if backend in TENSORRTS:
         from vila_edge.engine.tensorrt import TensorrtEngine
 
-        return TensorrtEngine(bundle, "auto" if backend == "tensorrt" else "tensorrt_rtx", context=context)
+        chosen = PROJECTORS[PROJECTORS.index(projector)]
+        runtime: RuntimeChoice = "auto" if backend == "tensorrt" else "tensorrt_rtx"
+        return TensorrtEngine(bundle, runtime, context=context, projector=chosen)
     from vila_edge.engine.onnxruntime import OnnxruntimeEngine
 
     if backend == "onnxruntime-cuda":

@@ -265,6 +265,7 @@ def load(
     threads: int | None = None,
     context: int = 0,
     kv_cache: str = "float32",
+    projector: str = "engine",
 ) -> Pipeline:
     """A pipeline for a bundle, on the chosen backend: see `backends.open_engine`.
 
@@ -272,5 +273,5 @@ def load(
     """
     with Bundle.checked_meanwhile(bundle) as opened:  # an engine takes as long to load as its weights to be read
         tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"), opened.config.tokenizer)
-        engine = open_engine(opened, backend, threads, kv_cache, context)
+        engine = open_engine(opened, backend, threads, kv_cache, context, projector)
     return Pipeline(opened.manifest.name, opened.config, tokenizer, engine, context, opened.manifest.digest)

@@ -31,7 +31,12 @@ def command(bundle: Path, options: Options, work: Workload) -> list[str]:
     """What starts such a process."""
     request = {
         "bundle": str(bundle),
-        "load": {"backend": options.backend, "threads": options.threads, "kv_cache": options.kv_cache},
+        "load": {
+            "backend": options.backend,
+            "threads": options.threads,
+            "kv_cache": options.kv_cache,
+            "projector": options.projector,
+        },
         "images": work.images,
         "positions": work.first_prompt,
     }

@@ -26,10 +26,16 @@ def sheets(found: dict[str, Any]) -> list[Sheet]:
 def markdown(found: dict[str, Any]) -> str:
     """The whole result as a document, but for the single samples."""
     lines = [f"# {found['bundle']['name']} on {found['machine']['cpu']}", "", headline(found), ""]
-    for sheet in sheets(found):
+    return "\n".join([*lines, *markdown_lines(sheets(found))])
+
+
+def markdown_lines(tables: Sequence[Sheet]) -> list[str]:
+    """Each with its title."""
+    lines = list[str]()
+    for sheet in tables:
         lines += [f"## {sheet.title}", "", _line(sheet.columns), _line(("---", *("---:",) * (len(sheet.columns) - 1)))]
         lines += [*map(_line, sheet.rows), ""]
-    return "\n".join(lines)
+    return lines
 
 
 def headline(found: dict[str, Any]) -> str:

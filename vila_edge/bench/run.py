@@ -40,7 +40,7 @@ def bench(bundle: Path, options: Options | None = None, progress: Progress = lam
     progress("a fresh process")
     cold = cold_start(bundle, options, work)  # before the model is loaded here: there may be room for one alone
     progress("loading")
-    pipeline = load(bundle, options.backend, options.threads, kv_cache=options.kv_cache)
+    pipeline = load(bundle, options.backend, options.threads, kv_cache=options.kv_cache, projector=options.projector)
     threads = _threads(pipeline, options)
     progress("reading memory")
     bandwidth = read_bandwidth(threads)

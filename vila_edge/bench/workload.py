@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vila_edge.backends import BACKENDS, KV_CACHES
+from vila_edge.backends import BACKENDS, KV_CACHES, PROJECTORS
 from vila_edge.bundle import Bundle
 from vila_edge.config import VilaConfig
 from vila_edge.errors import UsageError
@@ -34,6 +34,7 @@ class Options:
     images: int = 1
     warmup: int = 1
     kv_cache: str = "float32"
+    projector: str = "engine"
 
     @property
     def on_cpu(self) -> bool:
@@ -101,7 +102,7 @@ def _check(options: Options) -> None:
     for name, minimum in least.items():
         if values[name] is not None and values[name] < minimum:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]}: expected at least {minimum}")
-    for name, known in (("backend", BACKENDS), ("kv_cache", KV_CACHES)):
+    for name, known in (("backend", BACKENDS), ("kv_cache", KV_CACHES), ("projector", PROJECTORS)):
         if values[name] not in known:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]}: not known", f"known: {', '.join(known)}")
 

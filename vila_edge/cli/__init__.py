@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from vila_edge.cli import bench, build, chat, demo, export, parity, pull, show, verify
+from vila_edge.cli import bench, bench_kernels, build, chat, demo, export, parity, pull, show, verify
 from vila_edge.cli.console import print_error
 from vila_edge.cli.interrupt import INTERRUPTED
 from vila_edge.errors import VilaEdgeError
@@ -16,8 +18,18 @@ from vila_edge.version import __version__
 
 OUT_OF_MEMORY = 4  # exit code
 
+
+class Commands(TyperGroup):
+    """Finds a command of two words before one of the first word alone."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two_words = " ".join(args[:2])
+        return super().resolve_command(ctx, [two_words, *args[2:]] if two_words in self.commands else args)
+
+
 app = typer.Typer(
     name="vila-edge",
+    cls=Commands,
     help="VILA visual language models on small machines: export a checkpoint to 4 bits, chat with images.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -32,6 +44,7 @@ app.command()(show.show)
 app.command()(verify.verify)
 app.command()(build.build)
 app.command()(bench.bench)
+app.command("bench kernels")(bench_kernels.bench_kernels)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""vila-edge bench BUNDLE"""
+"""vila-edge bench BUNDLE; `bench kernels` is in bench_kernels.py."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vila_edge.cli.console import console, print_note
-from vila_edge.errors import UsageError
+from vila_edge.cli.results import check_results, print_sheets
 
 TABLE_WIDTH = 80  # what the widest table needs
 
@@ -33,21 +31,23 @@ def bench(
     images: Annotated[int, typer.Option(help="Images of noise that are looked at; 0 leaves them out.")] = 1,
     warmup: Annotated[int, typer.Option(help="Times that each stage runs before.")] = 1,
     kv_cache: Annotated[str, typer.Option(help="float32 or int8.")] = "float32",
+    projector: Annotated[
+        str, typer.Option(help="With --backend tensorrt: its engine, or kernel: vila-edge's own.")
+    ] = "engine",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write it there, with every sample.")] = None,
     markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Also write the tables there.")] = None,
 ) -> None:
     """Measure a bundle on this machine: time of each stage, memory, and how near decode is to the memory's speed.
 
     Prompts are random tokens and images are noise: the time does not depend on what they say. Sampling is left out.
+    `bench kernels` measures the CUDA kernels alone; a bundle of that name is ./kernels.
     """
     from vila_edge import fsio
     from vila_edge.bench.report import headline, markdown, sheets
     from vila_edge.bench.run import bench as run
     from vila_edge.bench.workload import Options
 
-    for option, file in (("--json", json_file), ("--markdown", markdown_file)):
-        if file and (file.is_dir() or not file.parent.is_dir()):
-            raise UsageError(f"{option} {file}: expected a file in a directory that exists")
+    check_results(json_file, markdown_file)
     options = Options(
         backend=backend,
         threads=threads,
@@ -58,6 +58,7 @@ def bench(
         images=images,
         warmup=warmup,
         kv_cache=kv_cache,
+        projector=projector,
     )
     with console.status("starting") as status:
         found = run(bundle, options, lambda step: status.update(step))
@@ -65,12 +66,5 @@ def bench(
         fsio.replace_bytes(json_file, fsio.json_bytes(found))
     if markdown_file:
         fsio.replace_bytes(markdown_file, markdown(found).encode())
-    out = Console(width=max(console.width, TABLE_WIDTH), highlight=False)
-    for sheet in sheets(found):
-        table = Table(title=sheet.title, title_justify="left")
-        for number, column in enumerate(sheet.columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in sheet.rows:
-            table.add_row(*row)
-        out.print(table)
+    print_sheets(sheets(found), TABLE_WIDTH)
     print_note(headline(found))

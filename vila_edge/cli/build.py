@@ -55,6 +55,10 @@ def build(
         str,
         typer.Option(help="How the kv_cache is written: scatter, append (any TensorRT from 10.3 on), or auto."),
     ] = "auto",
+    projector: Annotated[
+        str,
+        typer.Option(help="graph: TensorRT's own layers; plugin: vila-edge's kernels, whose code the engine carries."),
+    ] = "graph",
     workspace_mib: Annotated[
         int | None,
         typer.Option("--workspace-mib", min=1, help="Memory for scratch, at most. Default: TensorRT's choice."),
@@ -75,12 +79,19 @@ def build(
     """
     from vila_edge.bundle import Bundle
     from vila_edge.engine.engine_cache import EngineCache
-    from vila_edge.engine.tensorrt_options import COMPONENTS, KV_CHOICES, RUNTIME_CHOICES, load_tensorrt
+    from vila_edge.engine.tensorrt_options import (
+        COMPONENTS,
+        KV_CHOICES,
+        PROJECTOR_FORMS,
+        RUNTIME_CHOICES,
+        load_tensorrt,
+    )
     from vila_edge.export.build_job import build_engines, choose_options, find_target
 
     components = [_one_of("--component", name, COMPONENTS) for name in dict.fromkeys(component or COMPONENTS)]
     module = _one_of("--runtime", runtime, RUNTIME_CHOICES)
     form = _one_of("--kv-form", kv_form, KV_CHOICES)
+    projector_form = _one_of("--projector", projector, PROJECTOR_FORMS)
     trt = load_tensorrt(module)
     opened = Bundle.open(bundle)
     target = find_target(trt, sm)
@@ -92,6 +103,7 @@ def build(
         images=images,
         form=None if form == "auto" else form,
         workspace=None if workspace_mib is None else workspace_mib << 20,
+        projector=projector_form,
     )
     print_note(_target_line(target))
     if target.ahead_of_time:
@@ -170,6 +182,8 @@ def _target_line(target: Target) -> str:
 
 def _options_line(options: BuildOptions, components: list[str]) -> str:
     parts = [f"up to {options.images} images at a time"] if components != ["decoder"] else []
+    if options.projector == "plugin" and "mm_projector" in components:
+        parts.append("the projector in our kernels")
     if "decoder" in components:
         parts.append(
             f"a context of {options.context:,}, {options.chunk:,} of a prompt at a time, kv_cache {options.form}"

@@ -55,6 +55,9 @@ def chat(
     kv_cache: Annotated[
         str, typer.Option(help="float32, or int8: a quarter of the memory, and faster in a long context.")
     ] = "float32",
+    projector: Annotated[
+        str, typer.Option(help="With --backend tensorrt: its engine, or kernel: vila-edge's own, which need none.")
+    ] = "engine",
 ) -> None:
     """Ask about images: once with a PROMPT (or one on stdin), otherwise in a conversation."""
     sampling = Sampling(temperature, top_p, top_k, max_tokens, seed)
@@ -71,7 +74,7 @@ def chat(
         raise UsageError("--think goes with a PROMPT", "in a conversation, type the cue: Think step-by-step.")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: expected at least 1")
-    pipeline = load(bundle, backend, threads, ctx_size, kv_cache)
+    pipeline = load(bundle, backend, threads, ctx_size, kv_cache, projector)
     if not quiet and not json_output:
         print_note(f"{pipeline.name} on {pipeline.engine.backend} ({reason(backend)})")
     videos = [pipeline.load_video(source, frames, fps) for source in request.videos]

@@ -22,20 +22,20 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from vila_edge import fsio
-from vila_edge.engine.machine_secret import make_secret, read_secret
 from vila_edge.engine.tensorrt_options import MAX_KEPT, BuildOptions, runtime_of
 from vila_edge.errors import BackendError, VilaEdgeError
+from vila_edge.kernels.manifest import manifest
+from vila_edge.kernels.projector import FILE
+from vila_edge.kernels.shipped import source_digest
+from vila_edge.machine_secret import ELSEWHERE, NO_ACCESS, SECRET, make_own_folder, read_secret
 from vila_edge.version import __version__
 
 Flag = str | int | None
 
 SUFFIX = ".engine"
-SECRET = "secret"
 FORMAT = "vila-edge engine 1"
 _HEADER_LIMIT = 64 << 10  # bytes of the line in front of an engine
 _PIECE = 4 << 20  # bytes read at a time
-_ELSEWHERE = "set XDG_CACHE_HOME to a folder of yours"
-_NO_ACCESS = f"if vila-edge ran with sudo before, make it yours with sudo chown -R; or {_ELSEWHERE}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,10 @@ def build_flags(component: str, options: BuildOptions) -> dict[str, Flag]:
     flags: dict[str, Flag] = {"workspace": options.workspace}
     if component == "decoder":
         return flags | {"context": options.context, "chunk": options.chunk, "form": options.form, "kept": MAX_KEPT}
-    return flags | {"images": options.images}
+    flags |= {"images": options.images}
+    if component == "mm_projector" and options.projector == "plugin":
+        flags |= {"projector": "plugin", "kernels": source_digest(manifest(), FILE)}
+    return flags
 
 
 def default_root() -> Path:
@@ -82,7 +85,7 @@ def default_root() -> Path:
     try:
         return fsio.user_cache() / "engines"
     except RuntimeError as error:
-        raise BackendError(f"no place for engines: {error}", _ELSEWHERE) from None
+        raise BackendError(f"no place for engines: {error}", ELSEWHERE) from None
 
 
 class EngineCache:
@@ -96,19 +99,7 @@ class EngineCache:
     def prepare(self) -> None:
         """Make the folder and its secret, unless they exist. Raises BackendError if they cannot be used."""
         with _access(self.root):
-            self.root.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                self.root.mkdir(mode=0o700)
-            found = os.stat(self.root)
-            if not stat.S_ISDIR(found.st_mode):
-                raise BackendError(f"{self.root} is not a folder, expected the engine cache", _ELSEWHERE)
-            if found.st_uid != os.geteuid():
-                raise BackendError(f"{self.root} belongs to user {found.st_uid}, not to {os.geteuid()}", _NO_ACCESS)
-            if found.st_mode & 0o077:
-                self.root.chmod(0o700)
-            if not os.access(self.root, os.R_OK | os.W_OK | os.X_OK):
-                raise BackendError(f"{self.root}: no permission to read and write", _NO_ACCESS)
-            make_secret(self.secret)
+            make_own_folder(self.root, "engine cache")
         read_secret(self.secret)
 
     def find(self, key: EngineKey) -> Path | None:
@@ -156,7 +147,7 @@ class EngineCache:
                 file.write(json.dumps(header, sort_keys=True).encode() + b"\n")
                 file.write(plan)
         except VilaEdgeError as error:
-            raise BackendError(error.message, f"{error.hint}; make room, or {_ELSEWHERE}".lstrip("; ")) from None
+            raise BackendError(error.message, f"{error.hint}; make room, or {ELSEWHERE}".lstrip("; ")) from None
         return path
 
     def read(self, key: EngineKey, bundle: str | os.PathLike[str] = "BUNDLE") -> bytes:
@@ -238,7 +229,7 @@ def _access(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise BackendError(f"cannot use the engine cache: {path}: {error.strerror or error}", _NO_ACCESS) from None
+        raise BackendError(f"cannot use the engine cache: {path}: {error.strerror or error}", NO_ACCESS) from None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from vila_edge.bundle import EMBED_TOKENS_FILE, Bundle
 from vila_edge.caches import check_ids
 from vila_edge.engine.cuda import open_device
 from vila_edge.engine.cuda.device import Arena, Device, Staging, Stream
+from vila_edge.engine.cuda.kernels import Find, Kernels
+from vila_edge.engine.cuda.projector import KernelProjector
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, Flag, build_flags, engine_key
 from vila_edge.engine.tensorrt_decoder import Decoder, TensorrtCache
 from vila_edge.engine.tensorrt_options import (
@@ -24,12 +26,16 @@ from vila_edge.engine.tensorrt_options import (
     MAX_KEPT,
     BuildOptions,
     KVForm,
+    ProjectorChoice,
+    ProjectorForm,
     RuntimeChoice,
     graph_bindings,
     load_tensorrt,
 )
+from vila_edge.engine.tensorrt_plugin import PluginHome
 from vila_edge.engine.tensorrt_session import LoadedEngine, TensorrtRuntime
 from vila_edge.errors import BackendError
+from vila_edge.kernels import store
 from vila_edge.stored import StoredParameters
 from vila_edge.tensorfile import TensorFile
 
@@ -47,9 +53,12 @@ class TensorrtEngine:
         cache: EngineCache | None = None,
         options: BuildOptions | None = None,
         context: int = 0,
+        projector: ProjectorChoice = "engine",
+        find_kernels: Find = store.find,
     ) -> None:
         """Engines built with `options`, or else the newest, for at least `context` positions.
 
+        `projector`: an engine, or our kernels by themselves, which need no engine of it; `find_kernels`: their code.
         Raises BackendError if TensorRT, the GPU, its memory or an engine is missing, or an engine is not of this bundle.
         """
         self.cfg = bundle.config
@@ -57,15 +66,21 @@ class TensorrtEngine:
             trt, device = _open(runtime, device, resources)
             self._device = device
             engines = cache or EngineCache()
-            keys = find_engines(bundle, trt, device, engines, options, context)
+            components = [name for name in COMPONENTS if (name, projector) != ("mm_projector", "kernel")]
+            keys = find_engines(bundle, trt, device, engines, options, context, components)
             self.options = built_options(keys)
             self._runtime = TensorrtRuntime(trt, device)
             resources.callback(self._runtime.close)
-            layouts = {component: graph_bindings(self.cfg, component, self.options) for component in COMPONENTS}
+            self._plugins = None
+            if self.options.projector == "plugin":
+                self._plugins = PluginHome(trt, device, self._runtime.errors)
+                resources.callback(self._plugins.free)
+            layouts = {component: graph_bindings(self.cfg, component, self.options) for component in components}
             loaded = dict[str, LoadedEngine]()
             for component, layout in layouts.items():
                 plan = engines.read(keys[component], bundle.path)
-                loaded[component] = self._runtime.load(plan, component, layout, _limits(self.options))
+                with self._plugins.serving() if self._plugins else contextlib.nullcontext():
+                    loaded[component] = self._runtime.load(plan, component, layout, _limits(self.options))
                 resources.callback(loaded[component].close)
                 del plan  # as large as the weights
             self._stream = stream = device.stream()
@@ -73,10 +88,20 @@ class TensorrtEngine:
             # One run at a time, all on one stream: all contexts can work in the same memory.
             scratch = Arena(device, {"scratch": max(engine.scratch_bytes for engine in loaded.values())})
             resources.callback(scratch.free)
-            self._vision_tower, self._mm_projector = (
-                Component(loaded[name], layouts[name], self.options.images, stream, scratch["scratch"], resources)
-                for name in ("vision_tower", "mm_projector")
+            images, at = self.options.images, scratch["scratch"]
+            self._vision_tower, *projectors = (
+                Component(loaded[name], layouts[name], images, stream, at, resources)
+                for name in components
+                if name != "decoder"
             )
+            self._mm_projector: Component | KernelProjector
+            if projector == "kernel":
+                kernels = Kernels(device, find_kernels)
+                resources.callback(kernels.free)
+                self._mm_projector = KernelProjector(bundle, device, stream, kernels, images)
+                resources.callback(self._mm_projector.free)
+            else:
+                (self._mm_projector,) = projectors
             with device.current():
                 self._decoder = Decoder(
                     loaded["decoder"], layouts["decoder"], self.options, stream, scratch["scratch"], resources
@@ -99,7 +124,10 @@ class TensorrtEngine:
     def backend(self) -> str:
         major, minor = self._device.compute_capability
         decode = "in a CUDA graph" if self._decoder.captured else "without a CUDA graph"
-        return f"{self._runtime.version}, {self._device.name} sm_{major}{minor}, decode {decode}"
+        version = f"{self._runtime.version}, {self._device.name} sm_{major}{minor}, decode {decode}"
+        if isinstance(self._mm_projector, KernelProjector):
+            return f"{version}, projector in our kernels ({self._mm_projector.origin})"
+        return f"{version}, projector in our kernels (a plugin)" if self._plugins else version
 
     @property
     def max_context(self) -> int:
@@ -211,12 +239,18 @@ def _open(runtime: RuntimeChoice, device: Device | None, resources: contextlib.E
 
 
 def find_engines(
-    bundle: Bundle, trt: ModuleType, device: Device, cache: EngineCache, options: BuildOptions | None, context: int
+    bundle: Bundle,
+    trt: ModuleType,
+    device: Device,
+    cache: EngineCache,
+    options: BuildOptions | None,
+    context: int,
+    components: Sequence[str] = COMPONENTS,
 ) -> dict[str, EngineKey]:
     """Component -> key of the engine to use. Raises BackendError if there is none, with the command that builds it."""
     major, minor = device.compute_capability
     keys = {}
-    for component in COMPONENTS:
+    for component in components:
         flags: Mapping[str, Flag] = {"context": context, "kept": MAX_KEPT} if component == "decoder" else {}
         if options is not None:
             flags = build_flags(component, options)
@@ -228,9 +262,11 @@ def find_engines(
 def built_options(keys: Mapping[str, EngineKey]) -> BuildOptions:
     """What the engines were built for."""
     decoder = keys["decoder"].flags
-    images = min(int(keys[component].flags["images"] or 1) for component in ("vision_tower", "mm_projector"))
+    images = min(int(key.flags["images"] or 1) for component, key in keys.items() if component != "decoder")
+    plugin = "mm_projector" in keys and keys["mm_projector"].flags.get("projector") == "plugin"
     form: KVForm = "append" if decoder["form"] == "append" else "scatter"
-    return BuildOptions(int(decoder["context"] or 0), int(decoder["chunk"] or 0), images, form)
+    projector: ProjectorForm = "plugin" if plugin else "graph"
+    return BuildOptions(int(decoder["context"] or 0), int(decoder["chunk"] or 0), images, form, projector=projector)
 
 
 def _limits(options: BuildOptions) -> dict[str, int]:

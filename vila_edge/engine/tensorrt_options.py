@@ -17,12 +17,16 @@ KVForm = Literal["scatter", "append"]
 Runtime = Literal["tensorrt", "tensorrt_rtx"]
 KVChoice = Literal["auto", "scatter", "append"]
 RuntimeChoice = Literal["auto", "tensorrt", "tensorrt_rtx"]
+ProjectorForm = Literal["graph", "plugin"]
+ProjectorChoice = Literal["engine", "kernel"]
 
 COMPONENTS = ("vision_tower", "mm_projector", "decoder")
 MAX_KEPT = 16  # positions whose logits one call may ask for
 SCATTER_SINCE = (10, 15)  # the first TensorRT that the scatter form builds with
 RUNTIMES: tuple[Runtime, ...] = ("tensorrt", "tensorrt_rtx")  # the first that is installed is taken
 RUNTIME_CHOICES: tuple[RuntimeChoice, ...] = ("auto", *RUNTIMES)
+PROJECTOR_CHOICES: tuple[ProjectorChoice, ...] = ("engine", "kernel")
+PROJECTOR_FORMS: tuple[ProjectorForm, ...] = ("graph", "plugin")
 KV_CHOICES: tuple[KVChoice, ...] = ("auto", "scatter", "append")
 
 INSTALL = (
@@ -40,6 +44,7 @@ class BuildOptions:
     images: int = 1  # largest batch of the vision tower and the projector
     form: KVForm = "scatter"
     workspace: int | None = None  # bytes that TensorRT may use while it builds and runs; None: its own choice
+    projector: ProjectorForm = "graph"  # of TensorRT's own layers, or our kernels as a plugin
 
     def __post_init__(self) -> None:
         for name in ("context", "chunk", "images", "workspace"):

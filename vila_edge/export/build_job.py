@@ -19,7 +19,14 @@ from vila_edge.bundle import Bundle
 from vila_edge.config import VilaConfig
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, build_flags, engine_key
 from vila_edge.engine.plan import tiles_at_once
-from vila_edge.engine.tensorrt_options import SCATTER_SINCE, BuildOptions, KVForm, default_form, runtime_of
+from vila_edge.engine.tensorrt_options import (
+    SCATTER_SINCE,
+    BuildOptions,
+    KVForm,
+    ProjectorForm,
+    default_form,
+    runtime_of,
+)
 from vila_edge.errors import BackendError, UsageError
 from vila_edge.export.build_room import check_disk, check_memory
 from vila_edge.export.ctrl_c import CtrlC
@@ -91,6 +98,7 @@ def choose_options(
     images: int | None = None,
     form: KVForm | None = None,
     workspace: int | None = None,
+    projector: ProjectorForm = "graph",
 ) -> BuildOptions:
     """What a build is made with where nothing is said. Raises UsageError for what does not fit the model."""
     longest = cfg.llm.context_length
@@ -110,6 +118,7 @@ def choose_options(
         images=images or tiles_at_once(cfg, TOWER_BATCH),
         form=form or default_form(trt),
         workspace=workspace,
+        projector=projector,
     )
 
 

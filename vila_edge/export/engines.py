@@ -18,6 +18,7 @@ from vila_edge.errors import BackendError, InputError, UsageError
 from vila_edge.export.graphs import write_graph
 from vila_edge.export.tensorrt_append_ops import AppendOps
 from vila_edge.export.tensorrt_ops import ScatterOps, TensorrtOps
+from vila_edge.export.tensorrt_projector import plugin_graph
 from vila_edge.export.tensorrt_weights import stage_weights
 from vila_edge.parameters import parameter_shapes
 
@@ -54,17 +55,21 @@ def build_engine(
             f"a context of {options.context:,} positions: the model was made for {bundle.config.llm.context_length:,}",
             "build with a smaller context",
         )
-    graph = write_files(bundle, component, options, folder)
-    return build_graph(
-        trt,
-        graph,
-        component,
-        profiles(bundle.config, component, options),
-        compute_capability=compute_capability,
-        workspace=options.workspace,
-        timing_cache=timing_cache,
-        progress=progress,
-    )
+    with contextlib.ExitStack() as resources:
+        if component == "mm_projector" and options.projector == "plugin":
+            graph = resources.enter_context(plugin_graph(trt, bundle, options, compute_capability, folder))
+        else:
+            graph = write_files(bundle, component, options, folder)
+        return build_graph(
+            trt,
+            graph,
+            component,
+            profiles(bundle.config, component, options),
+            compute_capability=compute_capability,
+            workspace=options.workspace,
+            timing_cache=timing_cache,
+            progress=progress,
+        )
 
 
 def write_files(bundle: Bundle, component: str, options: BuildOptions, folder: Path) -> Path:

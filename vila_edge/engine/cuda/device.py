@@ -69,6 +69,52 @@ class Stream(Protocol):
     def free(self) -> None: ...
 
 
+class Event(Protocol):
+    """A place in a stream's work."""
+
+    def record(self, stream: Stream) -> None:
+        """Put it behind all that the stream has been given."""
+        ...
+
+    def since_us(self, earlier: Event) -> float:
+        """Microseconds that the GPU took from an earlier event to this one, when both were passed. Raises BackendError."""
+        ...
+
+    def free(self) -> None: ...
+
+
+class PreparedLaunch(Protocol):
+    """A kernel with its grid and its arguments, ready to be put on streams again and again."""
+
+    def launch(self, stream: Stream) -> None:
+        """Put it there. A token takes hundreds, so the device has to be `current` already, not made so by each.
+
+        Raises BackendError if the driver refuses it; what fails while it runs is told by `synchronize`.
+        """
+        ...
+
+
+class Kernel(Protocol):
+    """A function of a module."""
+
+    def prepare(self, grid: tuple[int, int, int], arguments: bytes) -> PreparedLaunch:
+        """`arguments` lie as the function's parameters do: each at a multiple of its own size."""
+        ...
+
+
+class Module(Protocol):
+    """Code that is loaded on the device."""
+
+    def kernel(self, name: str, block: tuple[int, int, int], shared_memory: int = 0) -> Kernel:
+        """A function by its name, with the threads of a block and the bytes of its dynamic shared memory.
+
+        Raises BackendError if the module has no such function or the GPU not as much memory.
+        """
+        ...
+
+    def free(self) -> None: ...
+
+
 class Device(Protocol):
     """One GPU. Every method may be called from any thread; all of them raise BackendError."""
 
@@ -77,6 +123,19 @@ class Device(Protocol):
 
     @property
     def compute_capability(self) -> tuple[int, int]: ...
+
+    @property
+    def driver(self) -> tuple[int, int]:
+        """The newest CUDA that the driver knows, as (12, 6)."""
+        ...
+
+    @property
+    def multiprocessors(self) -> int: ...
+
+    @property
+    def l2_bytes(self) -> int:
+        """Of the cache that all multiprocessors share."""
+        ...
 
     def current(self) -> AbstractContextManager[None]:
         """Make this the device that other libraries find in the thread, as long as the block lasts."""
@@ -98,6 +157,15 @@ class Device(Protocol):
 
     def stream(self) -> Stream: ...
 
+    def foreign(self, handle: int) -> AbstractContextManager[Stream]:
+        """A stream for work that belongs on the CUstream `handle`, which another library may have made.
+
+        The work keeps its place there. Until the block ends, the other library must put nothing on it.
+        """
+        ...
+
+    def event(self) -> Event: ...
+
     def copy_to_device_async(self, address: int, array: NDArray[Any], stream: Stream) -> None:
         """A contiguous, pinned array to the device."""
         ...
@@ -110,6 +178,10 @@ class Device(Protocol):
 
     def memset(self, address: int, value: int, nbytes: int, stream: Stream) -> None:
         """Set every byte to `value`."""
+        ...
+
+    def load_module(self, code: bytes) -> Module:
+        """Code for this GPU, a cubin or PTX. Raises BackendError if the driver does not take it."""
         ...
 
     def close(self) -> None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from vila_edge.engine.cuda.device import Capture, Stream
+from vila_edge.engine.cuda.device import Stream
+from vila_edge.engine.cuda.libcuda import DRIVER_HINT, Libcuda
+from vila_edge.engine.cuda.pycuda_foreign import StandIn
+from vila_edge.engine.cuda.pycuda_module import PycudaModule
+from vila_edge.engine.cuda.pycuda_owned import Owned, first_line
+from vila_edge.engine.cuda.pycuda_stream import PycudaEvent, PycudaStream, raw_stream
 from vila_edge.errors import BackendError
 
 OLDEST_DRIVER = 11040  # CUDA 11.4, the first with cuGraphInstantiateWithFlags
-LIBCUDA = "libcuda.so.1"
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the default stream, whose work would break a capture
-CAPTURE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do is no concern of a capture
-
-_Handle = ctypes.c_void_p
-_DRIVER_HINT = "install NVIDIA's driver, or choose another backend: --backend onnxruntime"
+_BUILD = "pip install 'vila-edge[kernels]', which builds kernels for this GPU and driver; or update the driver"
 
 
 def open_device(index: int = 0) -> PycudaDevice:
@@ -34,7 +35,7 @@ def open_device(index: int = 0) -> PycudaDevice:
         drv.init()
         count = drv.Device.count()
     except drv.Error as error:
-        raise BackendError(f"CUDA does not start: {_first_line(error)}", _DRIVER_HINT) from None
+        raise BackendError(f"CUDA does not start: {first_line(error)}", DRIVER_HINT) from None
     if not 0 <= index < count:
         raise BackendError(f"there is no GPU {index}: CUDA finds {count}", "check nvidia-smi and CUDA_VISIBLE_DEVICES")
     found = drv.get_driver_version()
@@ -54,9 +55,9 @@ def _pycuda() -> Any:
         raise BackendError(f"the package {missing} is not installed", "pip install pycuda") from None
     except ImportError as error:
         if "libcuda" in str(error):
-            raise BackendError(f"there is no NVIDIA driver: {_first_line(error)}", _DRIVER_HINT) from None
+            raise BackendError(f"there is no NVIDIA driver: {first_line(error)}", DRIVER_HINT) from None
         raise BackendError(
-            f"PyCUDA does not load: {_first_line(error)}", "pip install --force-reinstall pycuda"
+            f"PyCUDA does not load: {first_line(error)}", "pip install --force-reinstall pycuda"
         ) from None
 
 
@@ -64,15 +65,19 @@ class PycudaDevice:
     """A `Device`."""
 
     def __init__(self, drv: Any, index: int) -> None:
-        self._drv, self._libcuda = drv, Libcuda()
+        self.drv, self._libcuda = drv, Libcuda()
         with self._errors("cannot open the GPU"):
-            device = drv.Device(index)
+            self._device = device = drv.Device(index)
             self.name: str = device.name()
             major, minor = device.compute_capability()
             self.compute_capability: tuple[int, int] = (major, minor)
+            version = drv.get_driver_version()
+            self.driver: tuple[int, int] = (version // 1000, version % 1000 // 10)
             self._context = device.retain_primary_context()
-        self.owned: dict[_Owned, None] = {}  # what is handed out, in the order of its making
-        self._pinned: dict[int, _Owned] = {}  # address of an array -> its memory
+        self._index, self._thread = index, threading.get_ident()
+        self.owned: dict[Owned, None] = {}  # what is handed out, in the order of its making
+        self._pinned: dict[int, Owned] = {}  # address of an array -> its memory
+        self._stand_in: StandIn | None = None
         self._open = True
 
     def __enter__(self) -> PycudaDevice:
@@ -89,14 +94,14 @@ class PycudaDevice:
         try:
             yield
         finally:
-            self._drv.Context.pop()
+            self.drv.Context.pop()
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
         try:
             yield
-        except self._drv.Error as error:
-            raise BackendError(f"{what}: {_first_line(error)}") from None
+        except self.drv.Error as error:
+            raise BackendError(f"{what}: {first_line(error)}") from None
 
     @contextlib.contextmanager
     def call(self, what: str) -> Iterator[None]:
@@ -104,15 +109,27 @@ class PycudaDevice:
         with self._errors(what), self.current():
             yield
 
+    @property
+    def multiprocessors(self) -> int:
+        return self._attribute("MULTIPROCESSOR_COUNT")
+
+    @property
+    def l2_bytes(self) -> int:
+        return self._attribute("L2_CACHE_SIZE")
+
+    def _attribute(self, name: str) -> int:
+        with self._errors(f"the GPU does not tell its {name}"):
+            return int(self._device.get_attribute(getattr(self.drv.device_attribute, name)))
+
     def memory(self) -> tuple[int, int]:
         with self.call("the GPU does not tell its memory"):
-            free, total = self._drv.mem_get_info()
+            free, total = self.drv.mem_get_info()
         return int(free), int(total)
 
     def alloc(self, nbytes: int) -> PycudaBuffer:
         try:
             with self.call("cannot allocate memory of the GPU"):
-                return PycudaBuffer(self, self._drv.mem_alloc(nbytes), nbytes)
+                return PycudaBuffer(self, self.drv.mem_alloc(nbytes), nbytes)
         except BackendError as error:
             free, total = self.memory()
             raise BackendError(
@@ -122,8 +139,8 @@ class PycudaDevice:
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         with self.call("cannot allocate pinned memory"):
-            array: NDArray[Any] = self._drv.pagelocked_empty(shape, np.dtype(dtype))
-        self._pinned[array.ctypes.data] = _Owned(self, array.base.free)  # type: ignore[union-attr]
+            array: NDArray[Any] = self.drv.pagelocked_empty(shape, np.dtype(dtype))
+        self._pinned[array.ctypes.data] = Owned(self, array.base.free)  # type: ignore[union-attr]
         return array
 
     def unpin(self, array: NDArray[Any]) -> None:
@@ -132,23 +149,46 @@ class PycudaDevice:
 
     def stream(self) -> PycudaStream:
         with self.call("cannot make a stream"):
-            return PycudaStream(self, self._libcuda, self._drv.Stream(NON_BLOCKING))
+            return PycudaStream(self, self._libcuda, self.drv.Stream(NON_BLOCKING))
+
+    @contextlib.contextmanager
+    def foreign(self, handle: int) -> Iterator[PycudaStream]:
+        own = (owned for owned in self.owned if isinstance(owned, PycudaStream) and owned.handle == handle)
+        if stream := next(own, None):
+            yield stream
+            return
+        with self.current():
+            self._stand_in = self._stand_in or StandIn(self, self._libcuda)
+            with self._stand_in.instead_of(handle) as stream:
+                yield stream
+
+    def event(self) -> PycudaEvent:
+        with self.call("cannot make an event"):
+            return PycudaEvent(self, self.drv.Event())
 
     def copy_to_device_async(self, address: int, array: NDArray[Any], stream: Stream) -> None:
         with self.call("cannot copy to the GPU"):
-            self._drv.memcpy_htod_async(address, array, _raw(stream))
+            self.drv.memcpy_htod_async(address, array, raw_stream(stream))
 
     def copy_to_host_async(self, array: NDArray[Any], address: int, stream: Stream) -> None:
         with self.call("cannot copy from the GPU"):
-            self._drv.memcpy_dtoh_async(array, address, _raw(stream))
+            self.drv.memcpy_dtoh_async(array, address, raw_stream(stream))
 
     def copy_on_device_async(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         with self.call("cannot copy on the GPU"):
-            self._drv.memcpy_dtod_async(target, source, nbytes, _raw(stream))
+            self.drv.memcpy_dtod_async(target, source, nbytes, raw_stream(stream))
 
     def memset(self, address: int, value: int, nbytes: int, stream: Stream) -> None:
         with self.call("cannot fill memory of the GPU"):
-            self._drv.memset_d8_async(address, value, nbytes, _raw(stream))
+            self.drv.memset_d8_async(address, value, nbytes, raw_stream(stream))
+
+    def load_module(self, code: bytes) -> PycudaModule:
+        try:
+            with self.call("the driver does not take the kernels"):
+                return PycudaModule(self, self.drv.module_from_buffer(code))
+        except BackendError as error:
+            remedy = "end other programs that use the GPU" if "out of memory" in error.message else _BUILD
+            raise BackendError(error.message, remedy) from None
 
     def close(self) -> None:
         if not self._open:
@@ -158,23 +198,14 @@ class PycudaDevice:
         self._open = False
         with self._errors("cannot give the GPU back"):
             self._context.detach()
+        # PyCUDA detaches a context in the thread that retained it alone, and leaves it current there.
+        if threading.get_ident() == self._thread:
+            self._libcuda.pop_context()
+        else:
+            self._libcuda.release_primary_context(self._index)
 
 
-class _Owned:
-    """Something of a device that is given back once, by whoever has it or by the device when it closes."""
-
-    def __init__(self, device: PycudaDevice, release: Callable[[], object]) -> None:
-        self.device, self._release = device, release
-        device.owned[self] = None
-
-    def free(self) -> None:
-        if self in self.device.owned:
-            del self.device.owned[self]
-            with self.device.call("cannot give memory of the GPU back"):
-                self._release()
-
-
-class PycudaBuffer(_Owned):
+class PycudaBuffer(Owned):
     """A `Buffer`."""
 
     def __init__(self, device: PycudaDevice, allocation: Any, nbytes: int) -> None:
@@ -182,86 +213,6 @@ class PycudaBuffer(_Owned):
         self.address, self.nbytes = int(allocation), nbytes
 
 
-class PycudaStream(_Owned):
-    """A `Stream`."""
-
-    def __init__(self, device: PycudaDevice, libcuda: Libcuda, raw: Any) -> None:
-        super().__init__(device, lambda: setattr(self, "raw", None))  # PyCUDA destroys a stream with its object
-        self.raw, self.handle, self._libcuda = raw, int(raw.handle), libcuda
-
-    def synchronize(self) -> None:
-        with self.device.call("the GPU failed"):
-            self.raw.synchronize()
-
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[Capture]:
-        capture, libcuda = Capture(), self._libcuda
-        with self.device.current():
-            libcuda.begin_capture(self.handle)
-            try:
-                yield capture
-            except BaseException:
-                with contextlib.suppress(BackendError):  # a capture that failed has to be ended too
-                    libcuda("cuGraphDestroy", libcuda.end_capture(self.handle))
-                raise
-            template = libcuda.end_capture(self.handle)
-            try:
-                capture.graph = PycudaGraph(self.device, libcuda, libcuda.instantiate(template))
-            finally:
-                libcuda("cuGraphDestroy", template)
-
-
-class PycudaGraph(_Owned):
-    """A `Graph`."""
-
-    def __init__(self, device: PycudaDevice, libcuda: Libcuda, executable: _Handle) -> None:
-        super().__init__(device, lambda: libcuda("cuGraphExecDestroy", executable))
-        self._libcuda, self._executable = libcuda, executable
-
-    def launch(self, stream: Stream) -> None:
-        with self.device.current():
-            self._libcuda("cuGraphLaunch", self._executable, _Handle(stream.handle))
-
-
-class Libcuda:
-    """The driver's own calls for graphs. Each raises BackendError that names the call."""
-
-    def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL(LIBCUDA)
-        except OSError as error:
-            raise BackendError(f"there is no NVIDIA driver: {error}", _DRIVER_HINT) from None
-
-    def __call__(self, name: str, *arguments: Any) -> None:
-        result = getattr(self._library, name)(*arguments)
-        if result:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorString(result, ctypes.byref(text))
-            raise BackendError(f"{name} failed: {(text.value or b'no reason given').decode()} ({result})")
-
-    def begin_capture(self, stream: int) -> None:
-        self("cuStreamBeginCapture_v2", _Handle(stream), ctypes.c_int(CAPTURE_THREAD_LOCAL))
-
-    def end_capture(self, stream: int) -> _Handle:
-        template = _Handle()
-        self("cuStreamEndCapture", _Handle(stream), ctypes.byref(template))
-        return template
-
-    def instantiate(self, template: _Handle) -> _Handle:
-        executable = _Handle()
-        self("cuGraphInstantiateWithFlags", ctypes.byref(executable), template, ctypes.c_ulonglong(0))
-        return executable
-
-
-def _raw(stream: Stream) -> Any:
-    assert isinstance(stream, PycudaStream), stream
-    return stream.raw
-
-
 def _cuda(version: int) -> str:
     """12060 -> 12.6."""
     return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

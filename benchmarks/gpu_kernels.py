@@ -1,0 +1,75 @@
+"""Our kernels and torch on one GPU, in one run: `vila-edge bench kernels` with torch beside it.
+
+    python -m benchmarks.gpu_kernels [--model VILA1.5-3B] [--torch-python PYTHON] [--json FILE] [--markdown FILE]
+
+PYTHON is an interpreter with a torch for CUDA and numpy; by default this one. Each measures in a process of its own, one
+behind the other. Without such a torch its columns are left out and its targets are "not measured": the reason is said.
+Run this from the repository. `gpu_peers/torch_gpu.py` says what torch is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vila_edge import fsio
+from vila_edge.bench.kernels.report import headline, markdown, sheets
+from vila_edge.cli.bench_kernels import TABLE_WIDTH
+from vila_edge.cli.results import check_results, print_sheets
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option("-m", "--model", help="May be repeated; all by default.")] = None,
+    repeat: Annotated[int, typer.Option("-r", "--repeat", min=1, help="Samples of each measurement.")] = 20,
+    torch_python: Annotated[str, typer.Option(help="An interpreter with a torch for CUDA.")] = sys.executable,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown")] = None,
+) -> None:
+    check_results(json_file, markdown_file)
+    found = ours(model or [], repeat)
+    found["torch"] = beside(torch_python, model or [], repeat)
+    if json_file:
+        fsio.replace_bytes(json_file, fsio.json_bytes(found))
+    if markdown_file:
+        fsio.replace_bytes(markdown_file, markdown(found).encode())
+    print_sheets(sheets(found), TABLE_WIDTH)
+    print(headline(found))
+
+
+def ours(models: list[str], repeat: int) -> dict[str, Any]:
+    """What `vila-edge bench kernels` writes. Raises SystemExit with its exit code if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.json"
+        chosen = [part for name in models for part in ("--model", name)]
+        command = [sys.executable, "-m", "vila_edge", "bench", "kernels", "--repeat", str(repeat), *chosen]
+        done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        return dict(json.loads(file.read_text()))
+
+
+def beside(python: str, models: list[str], repeat: int) -> dict[str, Any]:
+    """What torch measures, or `absent` and why."""
+    job = json.dumps({"models": models, "repeat": repeat})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [python, "-m", "benchmarks.gpu_peers.torch_gpu", job]
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    except OSError as error:
+        return {"absent": str(error)}
+    if done.returncode:
+        return {"absent": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+    return dict(json.loads(done.stdout))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,124 @@
+"""Measure our kernels on a GPU, in one run. Every number is of this run alone, and what it is compared with as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from vila_edge.bench.kernels.bandwidth import LEAST, best, measure_bandwidth
+from vila_edge.bench.kernels.cases import Case, Workload, workloads
+from vila_edge.bench.kernels.clock import LEAST_US, Clock, Work
+from vila_edge.bench.kernels.memory import Sets, sets_for
+from vila_edge.bench.kernels.origin import commit, driver_version
+from vila_edge.bench.kernels.shapes import Shapes
+from vila_edge.bench.machine import machine, versions
+from vila_edge.engine.cuda.device import Device, PreparedLaunch, Stream
+from vila_edge.engine.cuda.kernels import Find, Kernels
+from vila_edge.kernels import store
+from vila_edge.kernels.manifest import manifest
+
+FORMAT = 1
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """`repeat` samples, each of at least `least_us`; the bandwidth is measured on arrays of `bandwidth_bytes`."""
+
+    repeat: int = 20
+    least_us: float = LEAST_US
+    bandwidth_bytes: int = LEAST
+
+
+def bench_kernels(
+    device: Device,
+    shapes: Shapes,
+    options: Options | None = None,
+    progress: Progress = lambda step: None,
+    find: Find = store.find,
+) -> dict[str, Any]:
+    """Everything about our kernels on a GPU. Times in microseconds, sizes in bytes; every sample is there.
+
+    The bandwidth is measured before and after all else, and the best of it counts. Raises BackendError.
+    """
+    options = options or Options()
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    kernels, clock = Kernels(device, find), Clock(device, options.repeat, options.least_us)
+    try:
+        progress("bandwidth")
+        bandwidth = measure_bandwidth(device, kernels, clock, options.bandwidth_bytes)
+        rows = list[dict[str, Any]]()
+        for workload in workloads(shapes, device.multiprocessors):
+            progress(workload.name)
+            rows += _measure(workload, device, kernels, clock)
+        progress("bandwidth, again")
+        again = measure_bandwidth(device, kernels, clock, options.bandwidth_bytes)
+        code = {file: image.why for file, image in sorted(kernels.images.items())}
+    finally:
+        clock.free()
+        kernels.free()
+    copy, read = (best(bandwidth + again, kind) for kind in ("copy", "read"))
+    for row in rows:
+        row |= {"of_copy_bandwidth": row["bytes_per_s"] / copy, "of_read_bandwidth": row["bytes_per_s"] / read}
+    return {
+        "format": FORMAT,
+        "date": date,
+        "commit": commit(),
+        "gpu": {
+            "name": device.name,
+            "compute_capability": ".".join(map(str, device.compute_capability)),
+            "multiprocessors": device.multiprocessors,
+            "l2_bytes": device.l2_bytes,
+            "memory_bytes": device.memory()[1],
+        },
+        "driver": {"version": driver_version(), "cuda": ".".join(map(str, device.driver))},
+        "toolkit": {"nvrtc": manifest().toolchain.nvrtc, "code": code},
+        "machine": machine(),
+        "versions": versions(),
+        "options": asdict(options),
+        "bandwidth": {"copy": copy, "read": read, "before": bandwidth, "after": again},
+        "kernels": rows,
+        "torch": None,  # what benchmarks/gpu_kernels.py adds
+    }
+
+
+def _measure(workload: Workload, device: Device, kernels: Kernels, clock: Clock) -> Iterable[dict[str, Any]]:
+    count = sets_for(workload.nbytes, device.l2_bytes)
+    memory = Sets(device, workload.rotated, workload.shared, count, clock.stream)
+    try:
+        return [_row(workload, case, memory, kernels, clock) for case in workload.cases]
+    finally:
+        memory.free()
+
+
+def _row(workload: Workload, case: Case, memory: Sets, kernels: Kernels, clock: Clock) -> dict[str, Any]:
+    launches = [case.launches(at) for at in memory.addresses]
+    timing = clock.measure([_together([kernels.prepare(launch) for launch in one]) for one in launches])
+    seconds = timing.p50_us / 1e6
+    return {
+        "group": case.group,
+        "name": workload.name,
+        **workload.sizes,
+        "rows": case.rows,
+        "launches": [launch.kernel for launch in launches[0]],
+        "default": case.default,
+        "p50_us": timing.p50_us,
+        "p95_us": timing.p95_us,
+        "bytes": case.nbytes,
+        "bytes_per_s": case.nbytes / seconds,
+        "flops": case.flops,
+        "flops_per_s": case.flops / seconds,
+        "sets": len(launches),
+        "samples_us": list(timing.samples_us),
+    }
+
+
+def _together(launches: list[PreparedLaunch]) -> Work:
+    def work(stream: Stream) -> None:
+        for launch in launches:
+            launch.launch(stream)
+
+    return work

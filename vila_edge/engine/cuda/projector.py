@@ -1,0 +1,125 @@
+"""The projector of a bundle as our own kernels: in place of an engine's, and for one that hands on device addresses."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_edge import bindings
+from vila_edge.bundle import WEIGHTS, Bundle
+from vila_edge.engine.cuda.device import Arena, Device, Staging, Stream
+from vila_edge.engine.cuda.kernels import Kernels
+from vila_edge.errors import BackendError
+from vila_edge.kernels.launch import Launch
+from vila_edge.kernels.projector import FILE, Projector, fold_projector
+from vila_edge.parameters import component, parameter_shapes
+from vila_edge.stored import StoredParameters
+from vila_edge.tensorfile import TensorFile
+
+FloatArray = NDArray[np.float32]
+
+COMPONENT = "mm_projector"
+WITHOUT = "use TensorRT's engine of it: --projector engine, and vila-edge build BUNDLE if there is none yet"
+_PIECE = 4 << 20  # bytes of pinned memory that weights go through
+_SCRATCH = "scratch"  # no name of a weight
+
+
+def bundle_projector(bundle: Bundle) -> Projector:
+    """The projector of a bundle, folded, whether it is stored in floats or in 8 bits.
+
+    Raises BackendError if the kernels cannot compute it.
+    """
+    names = (f for f in bundle.manifest.files if f.startswith(f"{WEIGHTS}/{COMPONENT}."))
+    stored = StoredParameters([TensorFile(bundle.file(name)) for name in names])
+    shapes = {name: shape for name, shape in parameter_shapes(bundle.config).items() if component(name) == COMPONENT}
+    try:
+        return fold_projector(bundle.config, {name: stored.float32(name, shape) for name, shape in shapes.items()})
+    except ValueError as error:
+        raise BackendError(f"the kernels cannot compute this projector: {error}", WITHOUT) from None
+
+
+class KernelProjector:
+    """A bundle's projector on a device, its weights folded and packed there."""
+
+    def __init__(self, bundle: Bundle, device: Device, stream: Stream, kernels: Kernels, images: int = 1) -> None:
+        """`images`: as many as are computed at once. Code is loaded now, not with the first image.
+
+        Raises BackendError if the kernels cannot compute this projector, have no code for this GPU, or it no room.
+        """
+        self._device, self._stream, self._kernels, self._images = device, stream, kernels, images
+        layout = bindings.mm_projector(bundle.config, "float16")
+        (self._input,), (self._output,) = layout.inputs, layout.outputs
+        projector = bundle_projector(bundle)
+        self._shape, arrays = projector.shape, projector.arrays
+        sizes = {name: array.nbytes for name, array in arrays.items()} | {_SCRATCH: self._shape.scratch_bytes(images)}
+        tensors = {b.name: (b.sized(images=images), b.dtype) for b in (self._input, self._output)}
+        with contextlib.ExitStack() as resources:
+            memory = Arena(device, sizes)
+            resources.callback(memory.free)
+            self._staging = Staging(device, tensors)
+            resources.callback(self._staging.free)
+            self._scratch, self._weights = memory[_SCRATCH], {name: memory[name] for name in arrays}
+            x, out = (self._staging.memory[name] for name in tensors)
+            for launch in self._launches(x, out, images):
+                kernels.prepare(launch)
+            for name, array in arrays.items():
+                self._upload(memory[name], array)
+            self._close = resources.pop_all().close
+
+    @property
+    def origin(self) -> str:
+        """Where the kernels' code is from: shipped, built, ..."""
+        return self._kernels.images[FILE].origin
+
+    def launch(self, image_features: int, image_embeds: int, images: int, stride: int = 0, first_rows: int = 0) -> None:
+        """Put a run on the stream: float16 at one address, [images, P, D_vision], to float16 at another.
+
+        `images` are at most those of the constructor. Rows are `stride` numbers apart, D if 0. `first_rows`: the
+        address of int32 [images], the row where each image begins; 0: they lie one behind the other. So an engine can
+        have images written right among the embeddings of its tokens. Raises BackendError, or ValueError for a stride
+        or an address that the kernels cannot use.
+        """
+        assert 1 <= images <= self._images, f"{images} images, made for {self._images}"
+        launches = self._launches(image_features, image_embeds, images, stride, first_rows)
+        self._kernels.run(launches, self._stream)
+
+    def _launches(self, x: int, out: int, images: int, stride: int = 0, first_rows: int = 0) -> list[Launch]:
+        count = self._device.multiprocessors
+        return self._shape.launches(self._weights, x, self._scratch, out, images, stride, first_rows, count)
+
+    def __call__(self, image_features: FloatArray) -> FloatArray:
+        """[N, P, D_vision] to [N, T, D], float32, as many at once as there is room for."""
+        found = np.empty(self._output.sized(images=len(image_features)), np.float32)
+        for start in range(0, len(image_features), self._images):
+            part = image_features[start : start + self._images]
+            found[start : start + self._images] = self._run(part)
+        return found
+
+    def _run(self, values: FloatArray) -> NDArray[Any]:
+        """One run, waited for. The result is where the next one will be."""
+        staging, images = self._staging, len(values)
+        staging.host[self._input.name][:images] = values
+        staging.to_device(self._input.name, self._input.sized(images=images), self._stream)
+        self.launch(staging.memory[self._input.name], staging.memory[self._output.name], images)
+        staging.to_host(self._output.name, self._output.sized(images=images), self._stream)
+        self._stream.synchronize()
+        return staging.host[self._output.name][:images]
+
+    def _upload(self, address: int, array: NDArray[Any]) -> None:
+        content = array.reshape(-1).view(np.uint8)
+        staged = self._device.pinned((min(_PIECE, content.nbytes),), np.uint8)
+        try:
+            for start in range(0, content.nbytes, _PIECE):
+                piece = content[start : start + _PIECE]
+                staged[: len(piece)] = piece
+                self._device.copy_to_device_async(address + start, staged[: len(piece)], self._stream)
+                self._stream.synchronize()
+        finally:
+            self._device.unpin(staged)
+
+    def free(self) -> None:
+        """Give its memory back. The kernels are their owner's."""
+        self._close()

@@ -1,0 +1,57 @@
+"""How an 8-bit weight lies in a GPU's memory: tiles, chunks and groups as in `w4_layout`, twice the bytes.
+
+    qweight [tiles, chunks, 2, 32, 4] uint32   two steps of every lane, then the other two
+    scales  [tiles, groups, 8, 2] float16
+Every zero point is 128. A word holds inputs k, k + 1 of row g, then of row g + 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_edge.int8 import Int8
+from vila_edge.kernels import w4_layout
+from vila_edge.kernels.w4_layout import CHUNK, TILE
+
+
+@dataclass(frozen=True)
+class PackedW8:
+    """The two arrays of a packed weight."""
+
+    qweight: NDArray[np.uint32]
+    scales: NDArray[np.float16]
+
+    @property
+    def rows(self) -> int:
+        """With those that fill up."""
+        return self.qweight.shape[0] * TILE
+
+    @property
+    def columns(self) -> int:
+        """With those that fill up the last group."""
+        return self.qweight.shape[1] * CHUNK
+
+    @property
+    def nbytes(self) -> int:
+        return self.qweight.nbytes + self.scales.nbytes
+
+
+def pack(weight: Int8) -> PackedW8:
+    """A weight as a bundle stores it; its rows stay in order."""
+    order = w4_layout.plain_order(len(weight.q))
+    chunks = weight.q.shape[1] // CHUNK
+    # tile, row half, g, chunk, run, t, step of the run, pair, input of the pair
+    q = w4_layout.take_rows(weight.q, order).reshape(-1, 2, 8, chunks, 2, 4, 2, 2, 2)
+    lanes = np.ascontiguousarray(q.transpose(0, 3, 4, 2, 5, 6, 7, 1, 8)).reshape(len(q), chunks, 2, 32, 16)
+    return PackedW8(lanes.view("<u4"), w4_layout.pack_groups(weight.scales, order))
+
+
+def unpack(packed: PackedW8, rows: int) -> Int8:
+    """The inverse of `pack`."""
+    tiles, chunks = packed.qweight.shape[:2]
+    q = packed.qweight.view(np.uint8).reshape(tiles, chunks, 2, 8, 4, 2, 2, 2, 2).transpose(0, 7, 3, 1, 2, 4, 5, 6, 8)
+    scales = w4_layout.unpack_groups(packed.scales)
+    return Int8(np.ascontiguousarray(q).reshape(packed.rows, packed.columns)[:rows], scales[:rows])
