@@ -29,6 +29,7 @@ from vila_edge.bindings import CacheType
 from vila_edge.bundle import Bundle
 from vila_edge.cores import usable_cores
 from vila_edge.engine.onnxruntime import OnnxruntimeEngine
+from vila_edge.huge_pages import restart
 from vila_edge.parameters import fused
 
 KERNEL = "_kernel_time"
@@ -174,4 +175,5 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    restart()  # with large pages, as the command line has them
     typer.run(main)

@@ -28,7 +28,6 @@ FORMS = {
     "MatMulNBits, groups of 256, zero points": Form(group_size=256),
     "MatMulNBits, groups of 128, zero points, activations in 32 bits": Form(accuracy_level=1),
     "DequantizeLinear, groups of 128, zero points": Form(dequantize=True),
-    "MatMulNBits, 8 bits, groups of 128": Form(bits=8, zero_points=False),
 }
 OPENVINO = "OpenVINO, u4, groups of 128, zero points"
 
