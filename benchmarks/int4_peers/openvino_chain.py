@@ -22,10 +22,10 @@ def make_model(ov: Any, opset: Any, chain: Chain) -> Any:
     """u4 weights with zero points, subtracted and scaled in groups: the pattern that it knows as compressed."""
     parameter = opset.parameter([-1, WIDTHS[0]], ov.Type.f32, name="x")
     x = parameter
-    for rows, columns in shapes(chain):
+    for seed, (rows, columns) in enumerate(shapes(chain)):
         groups = columns // GROUP
         shape = [rows, groups, GROUP]
-        q = opset.convert(_constant(ov, integers(rows * columns), shape), "f16")
+        q = opset.convert(_constant(ov, integers(rows * columns, seed), shape), "f16")
         zeros = np.full(rows * groups // 2, 0x88, np.uint8)
         centred = opset.subtract(q, opset.convert(_constant(ov, zeros, [rows, groups, 1]), "f16"))
         scales = opset.constant(np.full((rows, groups, 1), scale(columns), np.float16))

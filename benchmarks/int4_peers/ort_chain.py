@@ -42,7 +42,7 @@ def make_model(form: Form, chain: Chain) -> bytes:
 
 def _product(form: Form, rows: int, columns: int, x: str, y: str, weights: list[Any]) -> list[Any]:
     groups = columns // form.group_size
-    q = integers(rows * columns, form.bits).reshape(rows, groups, -1)
+    q = integers(rows * columns, len(weights), form.bits).reshape(rows, groups, -1)
     inputs = {"q": q, "s": _scales(rows, groups, columns, form.bits)}
     if form.zero_points:
         inputs["z"] = np.full((rows, -(-groups * form.bits // 8)), 0x88, np.uint8)
@@ -65,7 +65,7 @@ def _product(form: Form, rows: int, columns: int, x: str, y: str, weights: list[
 
 def _dequantized(form: Form, rows: int, columns: int, x: str, y: str, weights: list[Any]) -> list[Any]:
     groups = columns // form.group_size
-    packed = integers(rows * columns).tobytes()
+    packed = integers(rows * columns, len(weights)).tobytes()
     weights.append(helper.make_tensor(f"q_{y}", TensorProto.UINT4, [columns, rows], packed, raw=True))
     weights.append(onnx.numpy_helper.from_array(_scales(groups, rows, columns, form.bits), f"s_{y}"))
     weights.append(

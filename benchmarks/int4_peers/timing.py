@@ -32,9 +32,10 @@ def _timed(run: Callable[[NDArray[np.float32]], Any], x: NDArray[np.float32]) ->
     return milliseconds
 
 
-def integers(count: int, bits: int = 4) -> NDArray[np.uint8]:
-    """Noise around the middle of so many bits, `count` integers, packed into bytes."""
-    drawn = np.random.default_rng(count).integers(1, 2**bits, count, np.uint8)
+def integers(count: int, seed: int, bits: int = 4) -> NDArray[np.uint8]:
+    """Noise around the middle of so many bits, `count` integers, packed into bytes. Every weight has a seed of its own:
+    onnxruntime keeps one packed copy of equal ones, which would fit into a cache."""
+    drawn = np.random.default_rng(seed).integers(1, 2**bits, count, np.uint8)
     return drawn if bits == 8 else drawn[0::2] | drawn[1::2] << 4
 
 
