@@ -20,9 +20,9 @@ def test_each_tensorrt_is_opened_by_its_name_for_the_context_that_is_wanted(
     backend: str, runtime: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(tensorrt, "TensorrtEngine", lambda bundle, name, context: opened.append((name, context)))
-    open_engine(Bundle.open(tiny_bundle), backend, context=77)
-    assert opened == [(runtime, 77)]
+    monkeypatch.setattr(tensorrt, "TensorrtEngine", lambda bundle, name, **asked: opened.append((name, asked)))
+    open_engine(Bundle.open(tiny_bundle), backend, context=77, projector="kernel")
+    assert opened == [(runtime, {"context": 77, "projector": "kernel"})]
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
