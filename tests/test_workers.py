@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vila_edge.export.workers import LARGE_BYTES, workers
+from vila_edge.export.workers import workers
 
 
 def test_results_come_in_order_whatever_takes_longest() -> None:
