@@ -6,14 +6,12 @@ from vila_edge.bindings import CacheType
 from vila_edge.bundle import Bundle
 from vila_edge.cores import usable_cores
 from vila_edge.engine.protocol import Engine
-from vila_edge.engine.tensorrt_options import PROJECTOR_CHOICES, RuntimeChoice
+from vila_edge.engine.tensorrt_options import PROJECTOR_CHOICES, RUNTIMES, RuntimeChoice
 from vila_edge.errors import UsageError
 from vila_edge.reference.engine import bundle_parameters, numpy_engine
 
-BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", "tensorrt", "tensorrt_rtx", "numpy")
-TENSORRTS = ("tensorrt", "tensorrt_rtx")
+BACKENDS = ("auto", "onnxruntime", "onnxruntime-cuda", *RUNTIMES, "numpy")
 THREADS_PER_CORE = 8  # at most: onnxruntime starts as many as it is told, and waits busily in each
-PROJECTORS = PROJECTOR_CHOICES  # who computes the projector beside TensorRT
 KV_CACHES: tuple[CacheType, ...] = ("float32", "int8")  # that a user may ask for
 
 
@@ -39,16 +37,18 @@ def open_engine(
     if kv_cache != "float32" and backend not in ("auto", "onnxruntime"):
         raise UsageError(f"a kv_cache in {kv_cache} is not there on {backend}", "take --backend onnxruntime for it")
     _check_threads(threads)
-    if projector not in PROJECTORS:
-        raise UsageError(f"unknown projector {projector!r}", f"known are: {', '.join(PROJECTORS)}")
-    if projector != "engine" and backend not in TENSORRTS:
-        raise UsageError(f"no projector in kernels on {backend}", "take --backend tensorrt for it")
+    if projector not in PROJECTOR_CHOICES:
+        raise UsageError(f"unknown projector {projector!r}", f"known are: {', '.join(PROJECTOR_CHOICES)}")
+    if projector != "engine" and backend not in RUNTIMES:
+        raise UsageError(
+            f"--projector {projector} is not there on --backend {backend}", "take --backend tensorrt for it"
+        )
     if backend == "numpy":
         return numpy_engine(bundle.config, bundle_parameters(bundle))
-    if backend in TENSORRTS:
+    if backend in RUNTIMES:
         from vila_edge.engine.tensorrt import TensorrtEngine
 
-        chosen = PROJECTORS[PROJECTORS.index(projector)]
+        chosen = PROJECTOR_CHOICES[PROJECTOR_CHOICES.index(projector)]
         runtime: RuntimeChoice = "auto" if backend == "tensorrt" else "tensorrt_rtx"
         return TensorrtEngine(bundle, runtime, context=context, projector=chosen)
     from vila_edge.engine.onnxruntime import OnnxruntimeEngine

@@ -200,7 +200,7 @@ def test_a_build_without_code_for_its_gpu_says_what_to_do(monkeypatch: pytest.Mo
 
 
 def test_only_tensorrt_has_a_choice(built: Built) -> None:
-    with pytest.raises(UsageError, match="no projector in kernels on onnxruntime"):
+    with pytest.raises(UsageError, match="--projector kernel is not there on --backend onnxruntime"):
         open_engine(built.bundle, "onnxruntime", projector="kernel")
     with pytest.raises(UsageError, match="unknown projector 'plugin'"):
         open_engine(built.bundle, "tensorrt", projector="plugin")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vila_edge.backends import BACKENDS, KV_CACHES, PROJECTORS
+from vila_edge.backends import BACKENDS, KV_CACHES
 from vila_edge.bundle import Bundle
 from vila_edge.config import VilaConfig
+from vila_edge.engine.tensorrt_options import PROJECTOR_CHOICES
 from vila_edge.errors import UsageError
 from vila_edge.media.image import RgbImage
 from vila_edge.tokenizer import Tokenizer
@@ -102,7 +103,7 @@ def _check(options: Options) -> None:
     for name, minimum in least.items():
         if values[name] is not None and values[name] < minimum:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]}: expected at least {minimum}")
-    for name, known in (("backend", BACKENDS), ("kv_cache", KV_CACHES), ("projector", PROJECTORS)):
+    for name, known in (("backend", BACKENDS), ("kv_cache", KV_CACHES), ("projector", PROJECTOR_CHOICES)):
         if values[name] not in known:
             raise UsageError(f"--{name.replace('_', '-')} {values[name]}: not known", f"known: {', '.join(known)}")
 

@@ -6,7 +6,6 @@ import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType, TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,8 @@ from vila_edge.bindings import GraphBindings
 from vila_edge.bundle import EMBED_TOKENS_FILE, Bundle
 from vila_edge.caches import check_ids
 from vila_edge.engine.cuda import open_device
-from vila_edge.engine.cuda.device import Arena, Device, Staging, Stream
+from vila_edge.engine.cuda.batches import Batches
+from vila_edge.engine.cuda.device import Arena, Device, Stream
 from vila_edge.engine.cuda.kernels import Find, Kernels
 from vila_edge.engine.cuda.projector import KernelProjector
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, Flag, build_flags, engine_key
@@ -190,34 +190,20 @@ class Component:
         scratch: int,
         resources: contextlib.ExitStack,
     ) -> None:
-        (self._input,), (self._output,) = layout.inputs, layout.outputs
-        self._batch, self._stream = batch, stream
-        tensors = {b.name: (b.sized(images=batch), b.dtype) for b in (self._input, self._output)}
-        self._staging = Staging(engine.runtime.device, tensors)
-        resources.callback(self._staging.free)
+        self._batches = Batches(engine.runtime.device, layout, batch, stream, self._compute)
+        resources.callback(self._batches.free)
         self._session = engine.session(0, stream, scratch)
         resources.callback(self._session.close)
 
     def __call__(self, values: FloatArray) -> FloatArray:
         """[N, ...] to [N, ...], float32, as many at once as the engine was built for."""
-        found = np.empty(self._output.sized(images=len(values)), np.float32)
-        for start in range(0, len(values), self._batch):
-            part = values[start : start + self._batch]
-            found[start : start + self._batch] = self._run(part)
-        return found
+        return self._batches(values)
 
-    def _run(self, values: FloatArray) -> NDArray[Any]:
-        """One run, waited for. The result is where the next one will be."""
-        staging, (images, *_) = self._staging, values.shape
-        shape = self._input.sized(images=images)
-        staging.host[self._input.name][:images] = values
-        staging.to_device(self._input.name, shape, self._stream)
-        self._session.bind(self._input.name, staging.memory[self._input.name], shape)
-        self._session.bind(self._output.name, staging.memory[self._output.name])
+    def _compute(self, images: int) -> None:
+        batches, (x, out) = self._batches, self._batches.addresses
+        self._session.bind(batches.input.name, x, batches.input.sized(images=images))
+        self._session.bind(batches.output.name, out)
         self._session.run()
-        staging.to_host(self._output.name, self._output.sized(images=images), self._stream)
-        self._stream.synchronize()
-        return staging.host[self._output.name][:images]
 
 
 def _open(runtime: RuntimeChoice, device: Device | None, resources: contextlib.ExitStack) -> tuple[ModuleType, Device]:

@@ -11,7 +11,7 @@ an array: the row of the weight for each packed row, -1 for one of zeros that fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,11 @@ Order = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class PackedW4:
-    """The three arrays of a packed weight."""
+class Packed:
+    """Integers [tiles, chunks, ...] and scales [tiles, groups, 8, 2] of a packed weight."""
 
     qweight: NDArray[np.uint32]
     scales: NDArray[np.float16]
-    qzeros: NDArray[np.uint8]
 
     @property
     def rows(self) -> int:
@@ -47,7 +46,14 @@ class PackedW4:
 
     @property
     def nbytes(self) -> int:
-        return self.qweight.nbytes + self.scales.nbytes + self.qzeros.nbytes
+        return sum(getattr(self, part.name).nbytes for part in fields(self))
+
+
+@dataclass(frozen=True)
+class PackedW4(Packed):
+    """The three arrays of a packed weight."""
+
+    qzeros: NDArray[np.uint8]
 
 
 def plain_order(rows: int) -> Order:

@@ -7,36 +7,15 @@ Every zero point is 128. A word holds inputs k, k + 1 of row g, then of row g + 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
 from vila_edge.int8 import Int8
 from vila_edge.kernels import w4_layout
-from vila_edge.kernels.w4_layout import CHUNK, TILE
+from vila_edge.kernels.w4_layout import CHUNK, Packed
 
 
-@dataclass(frozen=True)
-class PackedW8:
-    """The two arrays of a packed weight."""
-
-    qweight: NDArray[np.uint32]
-    scales: NDArray[np.float16]
-
-    @property
-    def rows(self) -> int:
-        """With those that fill up."""
-        return self.qweight.shape[0] * TILE
-
-    @property
-    def columns(self) -> int:
-        """With those that fill up the last group."""
-        return self.qweight.shape[1] * CHUNK
-
-    @property
-    def nbytes(self) -> int:
-        return self.qweight.nbytes + self.scales.nbytes
+class PackedW8(Packed):
+    """The two arrays of a packed weight. Its columns count those that fill up the last group."""
 
 
 def pack(weight: Int8) -> PackedW8:

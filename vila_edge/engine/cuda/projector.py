@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from vila_edge import bindings
 from vila_edge.bundle import WEIGHTS, Bundle
-from vila_edge.engine.cuda.device import Arena, Device, Staging, Stream
+from vila_edge.engine.cuda.batches import Batches
+from vila_edge.engine.cuda.device import Arena, Device, Stream
 from vila_edge.engine.cuda.kernels import Kernels
 from vila_edge.errors import BackendError
 from vila_edge.kernels.launch import Launch
@@ -50,20 +51,17 @@ class KernelProjector:
         Raises BackendError if the kernels cannot compute this projector, have no code for this GPU, or it no room.
         """
         self._device, self._stream, self._kernels, self._images = device, stream, kernels, images
-        layout = bindings.mm_projector(bundle.config, "float16")
-        (self._input,), (self._output,) = layout.inputs, layout.outputs
         projector = bundle_projector(bundle)
         self._shape, arrays = projector.shape, projector.arrays
         sizes = {name: array.nbytes for name, array in arrays.items()} | {_SCRATCH: self._shape.scratch_bytes(images)}
-        tensors = {b.name: (b.sized(images=images), b.dtype) for b in (self._input, self._output)}
         with contextlib.ExitStack() as resources:
             memory = Arena(device, sizes)
             resources.callback(memory.free)
-            self._staging = Staging(device, tensors)
-            resources.callback(self._staging.free)
+            layout = bindings.mm_projector(bundle.config, "float16")
+            self._batches = Batches(device, layout, images, stream, self._compute)
+            resources.callback(self._batches.free)
             self._scratch, self._weights = memory[_SCRATCH], {name: memory[name] for name in arrays}
-            x, out = (self._staging.memory[name] for name in tensors)
-            for launch in self._launches(x, out, images):
+            for launch in self._launches(*self._batches.addresses, images):
                 kernels.prepare(launch)
             for name, array in arrays.items():
                 self._upload(memory[name], array)
@@ -92,21 +90,10 @@ class KernelProjector:
 
     def __call__(self, image_features: FloatArray) -> FloatArray:
         """[N, P, D_vision] to [N, T, D], float32, as many at once as there is room for."""
-        found = np.empty(self._output.sized(images=len(image_features)), np.float32)
-        for start in range(0, len(image_features), self._images):
-            part = image_features[start : start + self._images]
-            found[start : start + self._images] = self._run(part)
-        return found
+        return self._batches(image_features)
 
-    def _run(self, values: FloatArray) -> NDArray[Any]:
-        """One run, waited for. The result is where the next one will be."""
-        staging, images = self._staging, len(values)
-        staging.host[self._input.name][:images] = values
-        staging.to_device(self._input.name, self._input.sized(images=images), self._stream)
-        self.launch(staging.memory[self._input.name], staging.memory[self._output.name], images)
-        staging.to_host(self._output.name, self._output.sized(images=images), self._stream)
-        self._stream.synchronize()
-        return staging.host[self._output.name][:images]
+    def _compute(self, images: int) -> None:
+        self.launch(*self._batches.addresses, images)
 
     def _upload(self, address: int, array: NDArray[Any]) -> None:
         content = array.reshape(-1).view(np.uint8)
