@@ -150,3 +150,9 @@ def test_a_full_disk_behind_the_limit_is_said(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(VilaEdgeError, match=r"cannot write to .*: No space left on device") as error:
         Store(tmp_path, limit=0).put(torch.zeros(3))
     assert "--calibration-tokens" in error.value.hint
+
+
+def test_what_is_scaled_twice_is_scaled_by_both() -> None:
+    kept = Store().keep([torch.ones(2, 3)])
+    found = kept.scaled(torch.tensor([1.0, 2.0, 3.0])).scaled(torch.tensor([5.0, 5.0, 7.0]))
+    assert found[0].tolist() == [[5, 10, 21]] * 2

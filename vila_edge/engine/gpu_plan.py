@@ -11,13 +11,12 @@ from collections.abc import Mapping
 
 from vila_edge import architecture
 from vila_edge.config import VilaConfig
-from vila_edge.engine.plan import Backend, Memory, kv_cache_bytes
+from vila_edge.engine.plan import FLOAT, PROGRAM, Backend, Memory, kv_cache_bytes
 from vila_edge.engine.tensorrt_options import COMPONENTS, MAX_KEPT, BuildOptions
 from vila_edge.inventory import Part
 from vila_edge.parameters import component
 
-HALF, FLOAT = 2, 4  # bytes
-PROGRAM = 100_000_000  # bytes, as on the CPU
+HALF = 2  # bytes
 
 # Over its weights; of the one engine that was built, ahead of time, for VILA1.5-3B's decoder (docs/engines.md).
 ENGINE_BESIDE = 1.03

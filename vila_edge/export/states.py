@@ -81,7 +81,7 @@ class Kept(Sequence[Tensor]):
 
     def scaled(self, factor: Tensor) -> Kept:
         """The same, multiplied with a factor [K] for each channel."""
-        return Kept(self._fetch, factor)
+        return Kept(self._fetch, factor if self._factor is None else self._factor * factor)
 
 
 class KeptStates(Sequence[States]):
