@@ -1,8 +1,9 @@
 // CUDA on a CPU, as far as the kernels here use it: their sources compile with g++, for tests and the fake driver.
 //
-// Made to find mistakes, not to be fast. Shared memory starts as poison. cp.async lands as late as the rules allow (at
-// ve_cp_wait), in reverse order as early as they allow (at once). Bank conflicts of ldmatrix and ve_ld_shared are
-// counted. One barrier interval runs thread by thread, so only races that an order shows are seen: run three orders.
+// Made to find mistakes, not to be fast. Shared memory starts as poison. cp.async reads and lands as late as the rules
+// allow (at ve_cp_wait), in reverse order as early as they allow (at once), shuffled it reads early and lands late. Bank
+// conflicts of ldmatrix and ve_ld_shared are counted. One barrier interval runs thread by thread, so only races that an
+// order shows are seen: run three orders.
 #pragma once
 #include "fibers.hpp"
 
@@ -59,6 +60,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 // ---- the twins of ve_ptx.cuh ---------------------------------------------------------------------------------------
 inline unsigned ve_lop3_and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
+inline float ve_exp2(float x) { return x < -126.f ? 0.f : exp2f(x); }
 inline uint4 ve_ld_stream(const uint4* p) {
   ve_host::must_be_aligned(p, 16);
   return *p;
@@ -76,7 +78,9 @@ inline void count_conflicts(const uintptr_t* address, int lanes) {
     stats.bank_conflicts += conflict;
   }
 }
-inline void land(Copy& copy) { copy.pred ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16); }
+inline void land(Copy& copy) {
+  copy.pred ? memcpy(copy.to, copy.was_read ? copy.bytes : copy.from, 16) : memset(copy.to, 0, 16);
+}
 }  // namespace ve_host
 
 inline uint4 ve_ld_shared(const void* p) {
@@ -90,8 +94,9 @@ inline uint4 ve_ld_shared(const void* p) {
 inline void ve_cp_async16(void* to, const void* from, bool pred) {
   ve_host::must_be_aligned(to, 16);
   if (pred) ve_host::must_be_aligned(from, 16);
-  ve_host::Copy copy{to, from, pred};
+  ve_host::Copy copy{to, from, pred, pred && ve_host::order == ve_host::SHUFFLED, {}};
   if (ve_host::order == ve_host::REVERSE) return ve_host::land(copy);
+  if (copy.was_read) memcpy(copy.bytes, from, 16);
   ve_host::current->copies.push_back(copy);
 }
 inline void ve_cp_commit() { ve_host::current->groups.push_back(ve_host::current->copies.size()); }

@@ -65,10 +65,10 @@ __device__ __forceinline__ unsigned ve_two_bytes(unsigned word) {
 
 // Rows of shared memory, one for each position, in units of 16 bytes.
 //
-// keys() and values() give A operands: [16 positions, 16 numbers] of keys, [16 numbers, 16 positions] of values. Their
-// registers 0, 2 and 1, 3 are two B operands of the transposed product. An mma may take the numbers of a step in any
-// order, and in 8 bits ldmatrix has one: lane t has numbers 4 t .. 4 t + 3 of a key, and rows g, g + 8 of a step of
-// values are numbers 2 g, 2 g + 1. query() and number() follow it.
+// keys() gives [16 positions, 16 numbers], values() [16 numbers, 16 positions]: an A operand, or with B two B operands
+// of the transposed product. An mma may take the numbers of a step in any order, and in 8 bits ldmatrix has one: lane t
+// has numbers 4 t .. 4 t + 3 of a key, and rows g, g + 8 of a step of values are numbers 2 g, 2 g + 1. VeQuery and
+// number() follow it.
 template <class T, int DIM>
 struct VeTile {
   static constexpr bool BYTES = sizeof(T) == 1;
@@ -83,32 +83,43 @@ struct VeTile {
     constexpr int line = UNITS < 8 ? 8 / UNITS : 1, flips = UNITS < 8 ? UNITS : 8;
     return row * UNITS + (unit ^ (row / line & (flips - 1)));
   }
-  static __device__ __forceinline__ const uint4* at(const uint4* tile, int row, int step, int further) {
-    return tile + place(row, UNITS == 1 ? 0 : step * VE_STEP / UNIT + further);
+  // The same of a row behind `first`, a multiple of 8, and of a step's first unit or the one behind it: a row of
+  // units is a power of two, so that all of it but an exclusive or is known when the code is built.
+  static __device__ __forceinline__ const uint4* at(const uint4* tile, int first, int step, int row, int further) {
+    return tile + first * UNITS + (UNITS == 1 ? row : place(row, further) ^ (step * VE_STEP / UNIT));
   }
 
-  static __device__ __forceinline__ void keys(unsigned (&a)[AT_ONCE][4], const uint4* tile, int row, int step) {
-    const int lane = threadIdx.x % 32;
+  // The register of half `outer` of 16 rows and half `inner` of what is summed over.
+  template <bool B>
+  static __device__ __forceinline__ int reg(int outer, int inner) {
+    return B ? 2 * outer + inner : outer + 2 * inner;
+  }
+  template <bool B>
+  static __device__ __forceinline__ void keys(unsigned (&a)[AT_ONCE][4], const uint4* tile, int first, int step) {
+    const int lane = threadIdx.x % 32, outer = B ? lane / 16 : lane / 8 % 2, inner = B ? lane / 8 % 2 : lane / 16;
     unsigned words[4];
-    ve_ldmatrix_x4(words, at(tile, row + lane % 16, step, lane / 16));
+    ve_ldmatrix_x4(words, at(tile, first, step, lane % 8 + 8 * outer, inner));
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        a[i][half] = BYTES ? ve_two_bytes<0x4140>(words[2 * i + half]) : words[half];
-        a[i][2 + half] = BYTES ? ve_two_bytes<0x4342>(words[2 * i + half]) : words[2 + half];
+      for (int o = 0; o < 2; ++o) {
+        const unsigned two_steps = words[reg<B>(o, i)];
+        a[i][reg<B>(o, 0)] = BYTES ? ve_two_bytes<0x4140>(two_steps) : words[reg<B>(o, 0)];
+        a[i][reg<B>(o, 1)] = BYTES ? ve_two_bytes<0x4342>(two_steps) : words[reg<B>(o, 1)];
       }
   }
-  static __device__ __forceinline__ void values(unsigned (&a)[AT_ONCE][4], const uint4* tile, int row, int step) {
-    const int lane = threadIdx.x % 32;
+  template <bool B>
+  static __device__ __forceinline__ void values(unsigned (&a)[AT_ONCE][4], const uint4* tile, int first, int step) {
+    const int lane = threadIdx.x % 32, outer = B ? lane / 16 : lane / 8 % 2, inner = B ? lane / 8 % 2 : lane / 16;
     unsigned words[4];
-    ve_ldmatrix_x4_trans(words, at(tile, row + lane % 8 + lane / 16 * 8, step, lane / 8 % 2));
+    ve_ldmatrix_x4_trans(words, at(tile, first, step, lane % 8 + 8 * inner, outer));
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        a[i][2 * half] = BYTES ? ve_two_bytes<0x4240>(words[2 * half + i]) : words[2 * half];
-        a[i][2 * half + 1] = BYTES ? ve_two_bytes<0x4341>(words[2 * half + i]) : words[2 * half + 1];
+      for (int k = 0; k < 2; ++k) {
+        const unsigned two_steps = words[reg<B>(i, k)];
+        a[i][reg<B>(0, k)] = BYTES ? ve_two_bytes<0x4240>(two_steps) : words[reg<B>(0, k)];
+        a[i][reg<B>(1, k)] = BYTES ? ve_two_bytes<0x4341>(two_steps) : words[reg<B>(1, k)];
       }
   }
   // The number of a head that row 0..15 of a step of values is.
@@ -151,9 +162,11 @@ struct VeQuery {
   }
 };
 
-// 2^(a - top), 2^(b - top) as halves, and as the numbers that these are: what is summed up is what multiplies values.
-__device__ __forceinline__ unsigned ve_weights(float a, float b, float top_a, float top_b, float2& taken) {
-  const __half2 pair = __floats2half2_rn(exp2f(a - top_a), exp2f(b - top_b));
+// Weights 2^(scale a - top_a), 2^(scale b - top_b) as halves, and as the numbers that these are: what is summed up is
+// what multiplies the values.
+__device__ __forceinline__ unsigned ve_weights(float a, float b, float scale, float top_a, float top_b,
+                                               float2& taken) {
+  const __half2 pair = __floats2half2_rn(ve_exp2(fmaf(a, scale, -top_a)), ve_exp2(fmaf(b, scale, -top_b)));
   taken = __half22float2(pair);
   return ve_bits<unsigned>(pair);
 }

@@ -17,6 +17,13 @@ __device__ __forceinline__ unsigned ve_lop3_and_or(unsigned a, unsigned b, unsig
   return r;
 }
 
+// 2^x to 2 units of the last place; exactly 1 for 0, and 0 for what is below 2^-126.
+__device__ __forceinline__ float ve_exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // Sixteen bytes that are read once: they pass the L1 cache by, and DRAM is asked for 128 bytes.
 __device__ __forceinline__ uint4 ve_ld_stream(const uint4* p) {
   uint4 r;

@@ -19,8 +19,8 @@ __device__ __forceinline__ int attended(int position, int capacity, int splits) 
 
 // The results of splits, to be combined.
 struct Partial {
-  float* sums;     // [batch, query heads, splits, dim]: values, weighted by 2^(score - top)
-  float2* totals;  // [batch, query heads, splits]: top, and the sum of the weights
+  float* sums;     // [batch, query heads, splits, dim]: values, weighted by 2^(scale (score - top score))
+  float2* totals;  // [batch, query heads, splits]: scale times the top score, and the sum of the weights
 
   __device__ __forceinline__ Partial(float* scratch, size_t rows, int dim)
       : sums(scratch), totals(reinterpret_cast<float2*>(scratch + rows * dim)) {}
@@ -38,14 +38,20 @@ struct Decode {
 
   // Asks for the rows of 16 positions, but for the last one of the sequence. What lies beyond becomes zeros.
   __device__ __forceinline__ void load(uint4* tile, const T* rows, int start) const {
-    const int lane = threadIdx.x % 32;
+    constexpr int at_once = 32 / Tile::UNITS;  // rows
+    const int lane = threadIdx.x % 32, row = lane / Tile::UNITS, unit = lane % Tile::UNITS;
+    if (at_once > VE_STEP && row >= VE_STEP) return;
+    const T* const from = rows + (size_t)(start + row) * DIM + unit * Tile::UNIT;
+    if (start + VE_STEP < length) {
 #pragma unroll
-    for (int i = lane; i < TILE; i += 32) {
-      const int row = i / Tile::UNITS, unit = i % Tile::UNITS, position = start + row;
-      if (position == length - 1) continue;
-      const T* from = rows + (size_t)position * DIM + unit * Tile::UNIT;
-      ve_cp_async16(tile + Tile::place(row, unit), from, position < length);
+      for (int i = 0; i < VE_STEP; i += at_once)
+        ve_cp_async16(tile + Tile::place(row + i, unit), from + i * DIM, true);
+      return;
     }
+#pragma unroll 1
+    for (int i = 0; i < VE_STEP; i += at_once)
+      if (start + row + i != length - 1)
+        ve_cp_async16(tile + Tile::place(row + i, unit), from + i * DIM, start + row + i < length);
   }
   // Puts the last position's key and value into their tiles and into the cache.
   __device__ __forceinline__ void put(uint4* keys, uint4* values, const __half* key, const __half* value, int row) {
@@ -93,7 +99,7 @@ struct Decode {
 #pragma unroll
       for (int step = 0; step < Tile::STEPS; step += Tile::AT_ONCE) {
         unsigned a[Tile::AT_ONCE][4];
-        Tile::keys(a, keys + i * TILE, 0, step);
+        Tile::template keys<false>(a, keys + i * TILE, 0, step);
 #pragma unroll
         for (int next = 0; next < Tile::AT_ONCE; ++next)
 #pragma unroll
@@ -108,7 +114,7 @@ struct Decode {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const bool seen = start[i] + g + e / 2 * 8 < length;
-        scores[i][e] = seen ? scores[i][e] * scale : ve_minus_infinity();
+        if (!seen) scores[i][e] = ve_minus_infinity();
         top[e % 2] = fmaxf(top[e % 2], scores[i][e]);
       }
 #pragma unroll
@@ -121,6 +127,7 @@ struct Decode {
     for (int w = 0; w < WARPS; ++w)
 #pragma unroll
       for (int e = 0; e < 2; ++e) top[e] = fmaxf(top[e], tops[w * GROUP + 2 * t + e]);
+    top[0] *= scale, top[1] *= scale;
 
     ve_cp_wait<0>();
     __syncwarp();  // the values of all lanes are there
@@ -132,13 +139,14 @@ struct Decode {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float2 weights;
-        b[half] = ve_transpose(ve_weights(scores[i][2 * half], scores[i][2 * half + 1], top[0], top[1], weights));
+        b[half] = ve_transpose(
+            ve_weights(scores[i][2 * half], scores[i][2 * half + 1], scale, top[0], top[1], weights));
         total[0] += weights.x, total[1] += weights.y;
       }
 #pragma unroll
       for (int step = 0; step < Tile::STEPS; step += Tile::AT_ONCE) {
         unsigned a[Tile::AT_ONCE][4];
-        Tile::values(a, values + i * TILE, 0, step);
+        Tile::template values<false>(a, values + i * TILE, 0, step);
 #pragma unroll
         for (int next = 0; next < Tile::AT_ONCE; ++next) ve_mma16816(sums[step + next], a[next], b[0], b[1]);
       }
@@ -156,12 +164,12 @@ struct Decode {
       for (int e = 0; e < 4; ++e)
         result[(2 * t + e % 2) * PITCH + Tile::number(step, g + e / 2 * 8)] = sums[step][e];
     __syncthreads();
-    finish(reinterpret_cast<float*>(memory), tops, totals, out, partial, at, group);
+    finish(reinterpret_cast<float*>(memory), tops, totals, out, partial, at, group, scale);
   }
 
   // Adds up what the warps have, and stores it: the result, or what is to be combined.
   __device__ __forceinline__ void finish(const float* results, const float* tops, const float* totals, __half* out,
-                                         Partial partial, size_t at, int group) const {
+                                         Partial partial, size_t at, int group, float scale) const {
     constexpr int next = 2 * TILES * TILE * (int)(sizeof(uint4) / sizeof(float));  // floats between warps' results
     for (int i = threadIdx.x; i < group * DIM / 2; i += WARPS * 32) {
       const int query = i / (DIM / 2), number = i % (DIM / 2) * 2;
@@ -180,7 +188,7 @@ struct Decode {
       }
       const size_t place = at + (size_t)query * gridDim.x;
       *reinterpret_cast<float2*>(partial.sums + place * DIM + number) = sum;
-      if (number == 0) partial.totals[place] = float2{top, total};
+      if (number == 0) partial.totals[place] = float2{top * scale, total};
     }
   }
 };
@@ -194,6 +202,7 @@ __device__ __forceinline__ void decode(const VeCaches& caches, const __half* qkv
   out += (size_t)query * DIM;
   if (split * SPLIT >= length) {
     if (length == 0 && splits == 1)
+#pragma unroll 1
       for (int i = threadIdx.x; i < group * DIM; i += WARPS * 32) out[i] = __float2half_rn(0.f);
     return;
   }
@@ -242,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll 4
   for (int split = 0; split < used; ++split) {
     const float2 of = totals[split], v = *reinterpret_cast<const float2*>(sums + (size_t)split * dim);
-    const float factor = exp2f(of.x - top);
+    const float factor = ve_exp2(of.x - top);
     total += factor * of.y, sum.x += factor * v.x, sum.y += factor * v.y;
   }
   *reinterpret_cast<__half2*>(out + (size_t)row * dim + number) =

@@ -21,12 +21,15 @@ struct Prefill {
 
   // What lies beyond becomes zeros: a weight of 0 times whatever is there might be NaN.
   __device__ __forceinline__ void load(uint4* stage, int first) const {
+    constexpr int at_once = THREADS / Tile::UNITS;  // rows: places repeat after 8
+    const int row = threadIdx.x / Tile::UNITS, unit = threadIdx.x % Tile::UNITS;
+    if (at_once > POSITIONS && row >= POSITIONS) return;
+    const size_t from = (size_t)(first + row) * DIM + unit * Tile::UNIT;
+    uint4* const to = stage + Tile::place(row, unit);
 #pragma unroll
-    for (int i = threadIdx.x; i < SIDE; i += THREADS) {
-      const int row = i / Tile::UNITS, unit = i % Tile::UNITS;
-      const size_t from = (size_t)(first + row) * DIM + unit * Tile::UNIT;
-      ve_cp_async16(stage + Tile::place(row, unit), head.keys + from, first + row < end);
-      ve_cp_async16(stage + SIDE + Tile::place(row, unit), head.values + from, first + row < end);
+    for (int i = 0; i < POSITIONS; i += at_once) {
+      ve_cp_async16(to + i * Tile::UNITS, head.keys + from + i * DIM, first + row + i < end);
+      ve_cp_async16(to + SIDE + i * Tile::UNITS, head.values + from + i * DIM, first + row + i < end);
     }
   }
 
@@ -56,38 +59,42 @@ struct Prefill {
 #pragma unroll
         for (int n = 0; n < N16; ++n) {
           unsigned b[Tile::AT_ONCE][4];
-          Tile::keys(b, keys, n * 16, step);
+          Tile::template keys<true>(b, keys, n * 16, step);
 #pragma unroll
           for (int next = 0; next < Tile::AT_ONCE; ++next)
 #pragma unroll
             for (int part = 0; part < Tile::PARTS; ++part) {
               const unsigned(&q)[2] = query[0].words[step + next][part], (&r)[2] = query[1].words[step + next][part];
               const unsigned a[4] = {q[0], r[0], q[1], r[1]};
-              ve_mma16816(scores[2 * n], a, b[next][0], b[next][2]);
-              ve_mma16816(scores[2 * n + 1], a, b[next][1], b[next][3]);
+              ve_mma16816(scores[2 * n], a, b[next][0], b[next][1]);
+              ve_mma16816(scores[2 * n + 1], a, b[next][2], b[next][3]);
             }
         }
-      const bool all_seen = first + POSITIONS - 1 <= warp_first;
-      float before[2] = {top[0], top[1]};
+      if (first + POSITIONS - 1 > warp_first) {  // some rows of the warp do not see all of them
+#pragma unroll
+        for (int n = 0; n < N8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if (first + n * 8 + 2 * t + e % 2 > last[e / 2]) scores[n][e] = ve_minus_infinity();
+      }
+      float factor[2] = {top[0], top[1]};
 #pragma unroll
       for (int n = 0; n < N8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const bool seen = all_seen || first + n * 8 + 2 * t + e % 2 <= last[e / 2];
-          scores[n][e] = seen ? scores[n][e] * scale : ve_minus_infinity();
-          top[e / 2] = fmaxf(top[e / 2], scores[n][e]);
-        }
+        for (int e = 0; e < 4; ++e) top[e / 2] = fmaxf(top[e / 2], scores[n][e]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 1));
         top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 2));
-        before[i] = exp2f(before[i] - top[i]);
-        total[i] *= before[i];
+        factor[i] = ve_exp2((factor[i] - top[i]) * scale);
+        total[i] *= factor[i];
       }
+      if (__ballot_sync(0xffffffffu, factor[0] != 1.f || factor[1] != 1.f)) {  // seldom, after the first positions
 #pragma unroll
-      for (int n = 0; n < 2 * Tile::STEPS; ++n)
+        for (int n = 0; n < 2 * Tile::STEPS; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[n][e] *= before[e / 2];
+          for (int e = 0; e < 4; ++e) sums[n][e] *= factor[e / 2];
+      }
 #pragma unroll
       for (int n = 0; n < N16; ++n) {
         unsigned a[4];  // (g, first eight positions), (g + 8, first eight), (g, last eight), (g + 8, last eight)
@@ -95,17 +102,17 @@ struct Prefill {
         for (int i = 0; i < 4; ++i) {
           const float* pair = scores[2 * n + i / 2] + i % 2 * 2;
           float2 weights;
-          a[i] = ve_weights(pair[0], pair[1], top[i % 2], top[i % 2], weights);
+          a[i] = ve_weights(pair[0], pair[1], scale, scale * top[i % 2], scale * top[i % 2], weights);
           total[i % 2] += weights.x + weights.y;
         }
 #pragma unroll
         for (int step = 0; step < Tile::STEPS; step += Tile::AT_ONCE) {
           unsigned b[Tile::AT_ONCE][4];
-          Tile::values(b, keys + SIDE, n * 16, step);
+          Tile::template values<true>(b, keys + SIDE, n * 16, step);
 #pragma unroll
           for (int next = 0; next < Tile::AT_ONCE; ++next) {
-            ve_mma16816(sums[2 * (step + next)], a, b[next][0], b[next][2]);
-            ve_mma16816(sums[2 * (step + next) + 1], a, b[next][1], b[next][3]);
+            ve_mma16816(sums[2 * (step + next)], a, b[next][0], b[next][1]);
+            ve_mma16816(sums[2 * (step + next) + 1], a, b[next][2], b[next][3]);
           }
         }
       }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,33 @@ from numpy.typing import NDArray
 from tests.kernels.oracle import HALF, SINGLE, SUBNORMAL, Exact, halves
 from tests.kernels.runner import Array, Runner
 from vila_edge.config import Heads
-from vila_edge.kernels.attention import AttentionShape, Caches, KvCache
+from vila_edge.kernels.attention import (
+    DIMS,
+    AttentionShape,
+    Caches,
+    KvCache,
+    decode,
+    decode_scratch_bytes,
+    prefill,
+    splits,
+    write_kv,
+)
+from vila_edge.kernels.manifest import manifest
 
 LAYERS, LAYER = 3, 1  # of a cache; the one that is used, between two that lie nowhere
 SPARE = 3  # positions of capacity behind the last one
+KINDS: tuple[KvCache, ...] = get_args(KvCache)
 POISON = -128  # in a cache of 8 bits, NaN in one of 16
+
+
+def shapes(operation: str) -> list[tuple[KvCache, Heads, tuple[int, ...]]]:
+    """What the manifest has for every kernel of "decode" or "prefill"; sizes behind the heads are as it names them."""
+    found = list[tuple[KvCache, Heads, tuple[int, ...]]]()
+    for kind in KINDS:
+        for dim in DIMS:
+            kernel = manifest()[AttentionShape(Heads(1, 1, dim), kind).kernel(operation)]
+            found += [(kind, Heads(sizes[0], sizes[1], dim), sizes[2:]) for sizes in kernel.shapes]
+    return found
 
 
 def attend(q: NDArray[Any], keys: NDArray[Any], values: NDArray[Any]) -> Exact:
@@ -151,3 +173,51 @@ class Placed:
 def same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
     """Bit by bit, NaN included."""
     return found.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+def decode_rows(
+    kernels: Runner, case: Case, blocks: int = 0, positions: NDArray[np.int32] | None = None
+) -> NDArray[np.float16]:
+    """[batch, H, dim] of all sequences. Their caches must be what is expected afterwards: as before, if `positions`."""
+    batch = len(case.past)
+    placed, heads = case.on(kernels), case.shape.heads
+    blocks = blocks or splits(max(0, *case.past) + 1)
+    scratch = kernels.empty((max(4, decode_scratch_bytes(case.shape, batch, blocks)) // 4,), np.float32)
+    at = kernels.put(np.concatenate([case.positions(i) for i in range(batch)]) if positions is None else positions)
+    out, qkv = kernels.empty((batch, heads.query, heads.dim), np.float16), kernels.put(case.rows)
+    for launch in decode(
+        case.shape,
+        placed.caches,
+        LAYER,
+        qkv.address,
+        at.address,
+        out.address,
+        batch,
+        blocks,
+        scratch.address if blocks > 1 else 0,
+    ):
+        stats = kernels.run(launch)
+        assert stats is None or stats.bank_conflicts == 0
+    for i, held in enumerate(placed.held):
+        assert same(held.numpy(), case.cache(i, with_new=positions is None)), f"the cache of row {i}"
+    return out.numpy()
+
+
+def prefill_rows(kernels: Runner, case: Case, sequence: int = 0, chunk: int = 0) -> NDArray[np.float16]:
+    """[rows, H, dim] of a sequence, all rows at once or `chunk` by chunk. The other caches stay as they were."""
+    heads, shape, placed = case.shape.heads, case.shape, case.on(kernels)
+    found = []
+    for first in range(0, case.new, chunk or case.new):
+        new = slice(first, first + (chunk or case.new))
+        qkv, positions = kernels.put(case.rows[sequence, new]), kernels.put(case.positions(sequence)[new])
+        out = kernels.empty((len(case.rows[sequence, new]), heads.query, heads.dim), np.float16)
+        rows = out.numpy().shape[0]
+        kernels.run(write_kv(shape, placed.caches, LAYER, qkv.address, positions.address, rows, sequence))
+        stats = kernels.run(
+            prefill(shape, placed.caches, LAYER, qkv.address, positions.address, out.address, rows, sequence)
+        )
+        assert stats is None or stats.bank_conflicts == 0
+        found.append(out.numpy())
+    for i, held in enumerate(placed.held):
+        assert same(held.numpy(), case.cache(i, with_new=i == sequence)), f"the cache of sequence {i}"
+    return np.concatenate(found)

@@ -4,56 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from tests.kernels.attention_cases import LAYER, SPARE, Case, same, stack
+from tests.kernels.attention_cases import KINDS, SPARE, Case, decode_rows, same, shapes, stack
 from tests.kernels.runner import Runner
 from vila_edge.config import Heads
 from vila_edge.kernels.attention import SPLIT, AttentionShape, Caches, KvCache, decode, decode_scratch_bytes, splits
-from vila_edge.kernels.manifest import manifest
 
-KINDS = ("float16", "int8")
 TYPES = pytest.mark.parametrize("kv_cache", KINDS)
-SHAPES = [
-    (kind, Heads(query, key_value, dim), length)
-    for kind in KINDS
-    for dim in (16, 32, 64, 128)
-    for query, key_value, length in manifest()[f"ve_attention_decode_{'i8' if kind == 'int8' else 'f16'}_{dim}"].shapes
-]
-
-
-def attention(
-    kernels: Runner, case: Case, blocks: int = 0, positions: NDArray[np.int32] | None = None
-) -> NDArray[np.float16]:
-    """[batch, H, dim] of all sequences. Their caches must be what is expected afterwards: as before, if `positions`."""
-    batch = len(case.past)
-    placed, heads = case.on(kernels), case.shape.heads
-    blocks = blocks or splits(max(0, *case.past, 0) + 1)
-    scratch = kernels.empty((max(4, decode_scratch_bytes(case.shape, batch, blocks)) // 4,), np.float32)
-    at = kernels.put(np.concatenate([case.positions(i) for i in range(batch)]) if positions is None else positions)
-    out, qkv = kernels.empty((batch, heads.query, heads.dim), np.float16), kernels.put(case.rows)
-    for launch in decode(
-        case.shape,
-        placed.caches,
-        LAYER,
-        qkv.address,
-        at.address,
-        out.address,
-        batch,
-        blocks,
-        scratch.address if blocks > 1 else 0,
-    ):
-        stats = kernels.run(launch)
-        assert stats is None or stats.bank_conflicts == 0
-    for i, held in enumerate(placed.held):
-        assert same(held.numpy(), case.cache(i, with_new=positions is None)), f"the cache of row {i}"
-    return out.numpy()
+SHAPES = [(kind, heads, *sizes) for kind, heads, sizes in shapes("decode")]
 
 
 @pytest.mark.parametrize(("kv_cache", "heads", "length"), SHAPES)
 def test_a_row_is_right_to_its_last_rounding(kernels: Runner, kv_cache: KvCache, heads: Heads, length: int) -> None:
     case = Case(kv_cache, heads, past=[length - 1], new=1, seed=length)
-    exact, found = case.expected(0), attention(kernels, case)
+    exact, found = case.expected(0), decode_rows(kernels, case)
     exact.check(found)
     assert length == 1 or exact.times_rounding(found) < 2
 
@@ -62,14 +26,14 @@ def test_a_row_is_right_to_its_last_rounding(kernels: Runner, kv_cache: KvCache,
 @pytest.mark.parametrize("group", [1, 2, 4, 6, 7, 8])
 def test_groups_of_any_size(shuffled: Runner, kv_cache: KvCache, group: int) -> None:
     case = Case(kv_cache, Heads(2 * group, 2, 32), past=[SPLIT + 9], new=1, seed=group)
-    case.expected(0).check(attention(shuffled, case))
+    case.expected(0).check(decode_rows(shuffled, case))
 
 
 @TYPES
 @pytest.mark.parametrize("length", [1, 2, 16, 17, 65, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT, 5 * SPLIT + 3])
 def test_lengths_around_the_borders_of_tiles_and_splits(shuffled: Runner, kv_cache: KvCache, length: int) -> None:
     case = Case(kv_cache, Heads(2, 1, 16), past=[length - 1], new=1, seed=length)
-    case.expected(0).check(attention(shuffled, case))
+    case.expected(0).check(decode_rows(shuffled, case))
 
 
 RAGGED = [2 * SPLIT + 5, -1, 0, SPLIT - 1, SPLIT, 30, -1, 3 * SPLIT - 1]
@@ -78,10 +42,10 @@ RAGGED = [2 * SPLIT + 5, -1, 0, SPLIT - 1, SPLIT, 30, -1, 3 * SPLIT - 1]
 @TYPES
 def test_a_ragged_batch_has_the_bits_of_its_rows_alone(shuffled: Runner, kv_cache: KvCache) -> None:
     case = Case(kv_cache, Heads(4, 2, 32), RAGGED, new=1)
-    found = attention(shuffled, case)
+    found = decode_rows(shuffled, case)
     stack([case.expected(i) for i in range(len(RAGGED))]).check(found[:, None])
     for i, past in enumerate(RAGGED):
-        assert same(attention(shuffled, case.only(i))[0], found[i])
+        assert same(decode_rows(shuffled, case.only(i))[0], found[i])
         if past < 0:
             assert same(found[i], np.zeros_like(found[i]))
 
@@ -91,7 +55,7 @@ def test_a_ragged_batch_has_the_bits_of_its_rows_alone(shuffled: Runner, kv_cach
 def test_more_splits_than_needed_change_nothing(kernels: Runner, kv_cache: KvCache, past: int) -> None:
     case = Case(kv_cache, Heads(3, 1, 64), [past], new=1)
     enough = splits(past + 1)
-    found = [attention(kernels, case, blocks=blocks) for blocks in (enough, enough + 1, enough + 4)]
+    found = [decode_rows(kernels, case, blocks=blocks) for blocks in (enough, enough + 1, enough + 4)]
     assert same(found[0], found[1]) and same(found[0], found[2])
 
 
@@ -101,7 +65,7 @@ def test_rows_that_the_host_must_not_ask_for_are_zeros(shuffled: Runner, kv_cach
     """Below 0, at the capacity, beyond it, beyond the splits: no cache is written."""
     case = Case(kv_cache, Heads(4, 2, 16), [3, 3, 3, 2 * SPLIT], new=1)
     positions = np.array([-7, 3 + 1 + SPARE, 1 << 30, 2 * SPLIT], np.int32)
-    found = attention(shuffled, case, blocks=blocks, positions=positions)
+    found = decode_rows(shuffled, case, blocks=blocks, positions=positions)
     assert same(found, np.zeros_like(found))
 
 
@@ -109,7 +73,7 @@ def test_rows_that_the_host_must_not_ask_for_are_zeros(shuffled: Runner, kv_cach
 def test_large_scores_do_not_overflow(kernels: Runner, kv_cache: KvCache) -> None:
     """Scores up to 60 and beyond, the largest of a split anywhere in it."""
     case = Case(kv_cache, Heads(8, 1, 64), [2 * SPLIT + 40], new=1, sharp=20)
-    case.expected(0).check(attention(kernels, case))
+    case.expected(0).check(decode_rows(kernels, case))
     q, keys = case.split_rows(0)[0].astype(np.float64), case.old[0][0].astype(np.float64)
     assert np.abs(np.einsum("rhd,knd->hn", q, keys)).max() / 8 > 60
 
