@@ -5,6 +5,7 @@
 // fourth 16 positions, and asks for all their keys and values at once: what a block holds is what it has in flight.
 // The block of the row's own position takes that key and value from the row itself, and stores them in the cache.
 #include "ve_attention.cuh"
+#include "ve_reduce.cuh"
 
 namespace {
 constexpr int SPLIT = 128;  // positions of a block: fixed, so that a result does not depend on how many blocks there are
@@ -232,29 +233,46 @@ VE_ATTENTION_DECODE(ve_attention_decode_i8_32, signed char, 32, 4)
 VE_ATTENTION_DECODE(ve_attention_decode_i8_64, signed char, 64, 4)
 VE_ATTENTION_DECODE(ve_attention_decode_i8_128, signed char, 128, 4)
 
-// out [batch, heads, dim]: the splits of each row, weighed alike and divided by the sum of their weights. One split in
-// use gives the bits that its block would have stored: it is multiplied by 1.
-extern "C" __global__ void __launch_bounds__(128)
+// out [batch, heads, dim]: the splits of each row, weighed alike and divided by the sum of their weights. A block takes
+// a head, a thread two numbers; eight splits are asked for at once. One split in use gives the bits that its block would
+// have stored: it is multiplied by 1.
+extern "C" __global__ void __launch_bounds__(64)
     ve_attention_combine_f16(const int* positions, const int* capacities, const float* scratch, __half* out, int batch,
                              int heads, int splits, int dim) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / (dim / 2), number = i % (dim / 2) * 2;
-  if (row >= batch * heads) return;
+  constexpr int at_once = 8;
+  const int row = blockIdx.x, lane = threadIdx.x % 32, number = threadIdx.x * 2;
   const Partial partial(const_cast<float*>(scratch), (size_t)batch * heads * splits, dim);
   const int length = attended(positions[row / heads], capacities[row / heads], splits);
   const int used = (length + SPLIT - 1) / SPLIT;
   const float2* totals = partial.totals + (size_t)row * splits;
   const float* sums = partial.sums + (size_t)row * splits * dim + number;
   float top = ve_minus_infinity(), total = 0.f;
+  for (int split = lane; split < used; split += 32) top = fmaxf(top, totals[split].x);
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, lanes));
   float2 sum{0.f, 0.f};
-#pragma unroll 4
-  for (int split = 0; split < used; ++split) top = fmaxf(top, totals[split].x);
-#pragma unroll 4
-  for (int split = 0; split < used; ++split) {
-    const float2 of = totals[split], v = *reinterpret_cast<const float2*>(sums + (size_t)split * dim);
-    const float factor = ve_exp2(of.x - top);
-    total += factor * of.y, sum.x += factor * v.x, sum.y += factor * v.y;
+  for (int first = 0; first < used; first += 32) {
+    const float2 mine = first + lane < used ? totals[first + lane] : float2{top, 0.f};
+    const float factor = first + lane < used ? ve_exp2(mine.x - top) : 0.f;
+    total += factor * mine.y;
+    for (int next = 0; next < 32 && first + next < used; next += at_once) {
+      float2 v[at_once];
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        const int split = first + next + i;
+        v[i] = split < used && number < dim ? *reinterpret_cast<const float2*>(sums + (size_t)split * dim)
+                                            : float2{0.f, 0.f};
+      }
+#pragma unroll
+      for (int i = 0; i < at_once; ++i) {
+        const float f = __shfl_sync(0xffffffffu, factor, next + i);
+        sum.x += f * v[i].x, sum.y += f * v[i].y;
+      }
+    }
   }
-  *reinterpret_cast<__half2*>(out + (size_t)row * dim + number) =
-      used ? __floats2half2_rn(sum.x / total, sum.y / total) : __float2half2_rn(0.f);
+  total = ve_lane_sum(total);
+  if (number < dim)
+    *reinterpret_cast<__half2*>(out + (size_t)row * dim + number) =
+        used ? __floats2half2_rn(sum.x / total, sum.y / total) : __float2half2_rn(0.f);
 }
 VE_EXPORT(ve_attention_combine_f16)

@@ -19,7 +19,7 @@ def test_a_row_is_right_to_its_last_rounding(kernels: Runner, kv_cache: KvCache,
     case = Case(kv_cache, heads, past=[length - 1], new=1, seed=length)
     exact, found = case.expected(0), decode_rows(kernels, case)
     exact.check(found)
-    assert length == 1 or exact.times_rounding(found) < 2
+    assert length == 1 or exact.times_rounding(found) < 1.6
 
 
 @TYPES
@@ -30,7 +30,9 @@ def test_groups_of_any_size(shuffled: Runner, kv_cache: KvCache, group: int) -> 
 
 
 @TYPES
-@pytest.mark.parametrize("length", [1, 2, 16, 17, 65, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT, 5 * SPLIT + 3])
+@pytest.mark.parametrize(
+    "length", [1, 2, 16, 17, 65, SPLIT - 1, SPLIT, SPLIT + 1, 2 * SPLIT, 5 * SPLIT + 3, 33 * SPLIT + 1]
+)
 def test_lengths_around_the_borders_of_tiles_and_splits(shuffled: Runner, kv_cache: KvCache, length: int) -> None:
     case = Case(kv_cache, Heads(2, 1, 16), past=[length - 1], new=1, seed=length)
     case.expected(0).check(decode_rows(shuffled, case))

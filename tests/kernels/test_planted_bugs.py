@@ -51,7 +51,7 @@ def decode(kernels: HostKernels) -> None:
 
 
 def prefill(kernels: HostKernels) -> None:
-    case = Case("float16", Heads(3, 1, 64), past=[70], new=30)
+    case = Case("float16", Heads(3, 1, 64), past=[120], new=15)
     case.expected(0).check(prefill_rows(kernels, case))
 
 
@@ -87,6 +87,7 @@ GEMM_LOAD = "if (next < chunks) load(stages[next % STAGES], next);"
 GEMM_ARRIVED = "__syncthreads();  // the chunk is there for all, and nobody reads the one before it any more"
 WEIGH = "    __syncthreads();  // every warp's top is there: all of them weigh alike\n"
 STAGE = "__syncthreads();  // the stage is there for all, and nobody reads the one before it any more"
+REFILL = "if (first + POSITIONS < end) load(stages + (stage ^ 1) * 2 * SIDE, first + POSITIONS);"
 BUGS = {
     "missing barrier, projector": Bug(PROJECTOR, "src/projector.cu", ARRIVED, ""),
     "missing barrier, gemv": Bug(
@@ -132,6 +133,7 @@ BUGS = {
     "the new key of the cache, decode": Bug(
         DECODE, "src/attention_decode.cu", "if (start + row + i != length - 1)\n", ""
     ),
+    "early refill, prefill": Bug(PREFILL, "src/attention_prefill.cu", f"{STAGE}\n      {REFILL}", f"{REFILL}\n{STAGE}"),
     "shifted mask, prefill": Bug(PREFILL, "src/attention_prefill.cu", "e % 2 > last[e / 2]", "e % 2 > last[e / 2] + 1"),
     "no swizzle, prefill": Bug(PREFILL, "include/ve_attention.cuh", "(flips - 1)", "(flips - flips)"),
     "tail out of bounds, read": Bug(READ, "src/stream.cu", "for (; at < vectors;", "for (; at <= vectors;"),

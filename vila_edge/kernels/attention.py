@@ -136,10 +136,8 @@ def decode(
     numbers = (layer, caches.layers, heads.query, heads.key_value, shape.scale)
     launches = [Launch(shape.kernel("decode"), (splits, heads.key_value, batch), pointers + numbers)]
     if splits > 1:
-        combine = manifest()["ve_attention_combine_f16"]
-        pairs = batch * heads.query * heads.dim // 2
         arguments = (positions, caches.capacities, scratch, out, batch, heads.query, splits, heads.dim)
-        launches.append(Launch(combine.name, (-(-pairs // combine.block[0]), 1, 1), arguments))
+        launches.append(Launch("ve_attention_combine_f16", (batch * heads.query, 1, 1), arguments))
     return launches
 
 
