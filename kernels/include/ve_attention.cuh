@@ -73,9 +73,9 @@ template <class T, int DIM>
 struct VeTile {
   static constexpr bool BYTES = sizeof(T) == 1;
   static constexpr int UNIT = 16 / sizeof(T), UNITS = DIM / UNIT;
-  static constexpr int STEPS = DIM / VE_STEP;           // of a row
+  static constexpr int STEPS = DIM / VE_STEP;                 // of a row
   static constexpr int AT_ONCE = BYTES && STEPS > 1 ? 2 : 1;  // steps that one ldmatrix brings
-  static constexpr int PARTS = BYTES ? 2 : 1;           // halves that together are a number of a query
+  static constexpr int PARTS = BYTES ? 2 : 1;                 // halves that together are a number of a query
 
   // Where a unit lies. The eight rows that ldmatrix reads at once meet in no bank: rows that share 128 bytes lie in
   // them side by side, and of those that do not the unit's bits are flipped by the row's.
@@ -128,12 +128,12 @@ struct VeTile {
   }
 };
 
-// One query as lane t of four wants it for each step: two words, of what meets a key's first and last register. In 8
-// bits each number times its key's scale is a half and another one for what rounding took off.
+// One query as lane t of four wants it for each step: two words, which meet the two halves of a key. In 8 bits each
+// number times its key's scale is a half, and a second one for what rounding took off.
 template <class T, int DIM>
 struct VeQuery {
   using Tile = VeTile<T, DIM>;
-  unsigned words[Tile::STEPS][Tile::PARTS][2];
+  unsigned words[Tile::STEPS][2][2];  // step, part, word: the second part is of 8 bits alone
 
   // Zeros if x is null.
   __device__ __forceinline__ void load(const __half* x, const float* scales) {
@@ -157,8 +157,7 @@ struct VeQuery {
     const __half2 high = __floats2half2_rn(v.x, v.y);
     const float2 taken = __half22float2(high);
     words[step][0][word] = ve_bits<unsigned>(high);
-    words[step][Tile::PARTS - 1][word] =
-        Tile::BYTES ? ve_bits<unsigned>(__floats2half2_rn(v.x - taken.x, v.y - taken.y)) : words[step][0][word];
+    words[step][1][word] = ve_bits<unsigned>(__floats2half2_rn(v.x - taken.x, v.y - taken.y));
   }
 };
 

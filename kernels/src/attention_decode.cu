@@ -65,7 +65,7 @@ struct Decode {
     *reinterpret_cast<uint4*>((second ? head.values : head.keys) + (size_t)(length - 1) * DIM + number) = stored;
   }
 
-  // `row` holds the group's queries, this head's key and its value.
+  // The row's queries, its key and its value of this head; results go to `out`, or to place `at` of `partial`.
   __device__ __forceinline__ void run(const __half* queries, const __half* key, const __half* value, __half* out,
                                       Partial partial, size_t at, int group, float scale) {
     VE_DYN_SMEM(memory);

@@ -147,9 +147,9 @@ class Case:
         past = self.past[sequence]
         return (past + np.arange(self.new) if past >= 0 else np.full(self.new, -1)).astype(np.int32)
 
-    def on(self, kernels: Runner, *, with_new: bool = False) -> Placed:
-        """In memory, with the tables."""
-        arrays = [self.cache(i, with_new=with_new) for i in range(len(self.past))]
+    def on(self, kernels: Runner) -> tuple[list[Array], Caches]:
+        """The cache of each sequence in memory, without what is new, and the tables."""
+        arrays = [self.cache(i, with_new=False) for i in range(len(self.past))]
         held = [kernels.put(array) for array in arrays]
         layers_at = np.zeros((len(held), LAYERS), np.int64)
         layers_at[:, LAYER] = [array.address for array in held]
@@ -158,16 +158,7 @@ class Case:
         tables = [kernels.put(layers_at), kernels.put(capacities)]
         tables += [kernels.put(scales[0]), kernels.put(scales[1])] if scales is not None else []
         addresses = [table.address for table in tables]
-        return Placed(held, Caches(addresses[0], addresses[1], LAYERS, *addresses[2:]), tables)
-
-
-@dataclass
-class Placed:
-    """Caches in memory, one array for each sequence."""
-
-    held: list[Array]
-    caches: Caches
-    tables: list[Array]
+        return held, Caches(addresses[0], addresses[1], LAYERS, *addresses[2:])
 
 
 def same(found: NDArray[Any], expected: NDArray[Any]) -> bool:
@@ -180,14 +171,14 @@ def decode_rows(
 ) -> NDArray[np.float16]:
     """[batch, H, dim] of all sequences. Their caches must be what is expected afterwards: as before, if `positions`."""
     batch = len(case.past)
-    placed, heads = case.on(kernels), case.shape.heads
+    (held, caches), heads = case.on(kernels), case.shape.heads
     blocks = blocks or splits(max(0, *case.past) + 1)
     scratch = kernels.empty((max(4, decode_scratch_bytes(case.shape, batch, blocks)) // 4,), np.float32)
     at = kernels.put(np.concatenate([case.positions(i) for i in range(batch)]) if positions is None else positions)
     out, qkv = kernels.empty((batch, heads.query, heads.dim), np.float16), kernels.put(case.rows)
     for launch in decode(
         case.shape,
-        placed.caches,
+        caches,
         LAYER,
         qkv.address,
         at.address,
@@ -198,26 +189,24 @@ def decode_rows(
     ):
         stats = kernels.run(launch)
         assert stats is None or stats.bank_conflicts == 0
-    for i, held in enumerate(placed.held):
-        assert same(held.numpy(), case.cache(i, with_new=positions is None)), f"the cache of row {i}"
+    for i, cache in enumerate(held):
+        assert same(cache.numpy(), case.cache(i, with_new=positions is None)), f"the cache of row {i}"
     return out.numpy()
 
 
 def prefill_rows(kernels: Runner, case: Case, sequence: int = 0, chunk: int = 0) -> NDArray[np.float16]:
     """[rows, H, dim] of a sequence, all rows at once or `chunk` by chunk. The other caches stay as they were."""
-    heads, shape, placed = case.shape.heads, case.shape, case.on(kernels)
+    (held, caches), heads, shape = case.on(kernels), case.shape.heads, case.shape
     found = []
     for first in range(0, case.new, chunk or case.new):
         new = slice(first, first + (chunk or case.new))
+        rows = len(case.rows[sequence, new])
         qkv, positions = kernels.put(case.rows[sequence, new]), kernels.put(case.positions(sequence)[new])
-        out = kernels.empty((len(case.rows[sequence, new]), heads.query, heads.dim), np.float16)
-        rows = out.numpy().shape[0]
-        kernels.run(write_kv(shape, placed.caches, LAYER, qkv.address, positions.address, rows, sequence))
-        stats = kernels.run(
-            prefill(shape, placed.caches, LAYER, qkv.address, positions.address, out.address, rows, sequence)
-        )
+        out = kernels.empty((rows, heads.query, heads.dim), np.float16)
+        kernels.run(write_kv(shape, caches, LAYER, qkv.address, positions.address, rows, sequence))
+        stats = kernels.run(prefill(shape, caches, LAYER, qkv.address, positions.address, out.address, rows, sequence))
         assert stats is None or stats.bank_conflicts == 0
         found.append(out.numpy())
-    for i, held in enumerate(placed.held):
-        assert same(held.numpy(), case.cache(i, with_new=i == sequence)), f"the cache of sequence {i}"
+    for i, cache in enumerate(held):
+        assert same(cache.numpy(), case.cache(i, with_new=i == sequence)), f"the cache of sequence {i}"
     return np.concatenate(found)

@@ -9,6 +9,7 @@ from tests.kernels.attention_cases import KINDS, SPARE, Case, decode_rows, same,
 from tests.kernels.runner import Runner
 from vila_edge.config import Heads
 from vila_edge.kernels.attention import SPLIT, AttentionShape, Caches, KvCache, decode, decode_scratch_bytes, splits
+from vila_edge.kernels.manifest import manifest
 
 TYPES = pytest.mark.parametrize("kv_cache", KINDS)
 SHAPES = [(kind, heads, *sizes) for kind, heads, sizes in shapes("decode")]
@@ -91,4 +92,5 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="a context of 0"):
         splits(0)
     assert (splits(1), splits(SPLIT), splits(SPLIT + 1)) == (1, 1, 2)
+    assert manifest()[shape.kernel("decode")].tile["positions"] == SPLIT
     assert (decode_scratch_bytes(shape, 8, 1), decode_scratch_bytes(shape, 2, 3)) == (0, 2 * 4 * 3 * 66 * 4)

@@ -21,23 +21,23 @@ def test_rows_go_to_their_positions_and_nowhere_else(
     kernels: Runner, kv_cache: KvCache, query: int, key_value: int, dim: int, rows: int
 ) -> None:
     case = Case(kv_cache, Heads(query, key_value, dim), past=[2, 7], new=rows)
-    placed = case.on(kernels)
+    held, caches = case.on(kernels)
     qkv, positions = kernels.put(case.rows[1]), kernels.put(case.positions(1))
-    kernels.run(write_kv(case.shape, placed.caches, LAYER, qkv.address, positions.address, rows, sequence=1))
-    assert same(placed.held[0].numpy(), case.cache(0, with_new=False))
-    assert same(placed.held[1].numpy(), case.cache(1, with_new=True))
+    kernels.run(write_kv(case.shape, caches, LAYER, qkv.address, positions.address, rows, sequence=1))
+    assert same(held[0].numpy(), case.cache(0, with_new=False))
+    assert same(held[1].numpy(), case.cache(1, with_new=True))
 
 
 @TYPES
 def test_a_row_without_a_place_is_left_out(shuffled: Runner, kv_cache: KvCache) -> None:
     case = Case(kv_cache, Heads(2, 1, 32), past=[4], new=4)
-    placed, expected = case.on(shuffled), case.cache(0, with_new=False)
+    (held, caches), expected = case.on(shuffled), case.cache(0, with_new=False)
     capacity = expected.shape[2]
     positions = np.array([-1, capacity, 5, 1 << 30], np.int32)
     expected[:, :, 5] = case.cache(0, with_new=True)[:, :, 4 + 2]
     qkv, at = shuffled.put(case.rows[0]), shuffled.put(positions)
-    shuffled.run(write_kv(case.shape, placed.caches, LAYER, qkv.address, at.address, 4, sequence=0))
-    assert same(placed.held[0].numpy(), expected)
+    shuffled.run(write_kv(case.shape, caches, LAYER, qkv.address, at.address, 4, sequence=0))
+    assert same(held[0].numpy(), expected)
 
 
 def test_eight_bits_are_rounded_as_everywhere(shuffled: Runner) -> None:

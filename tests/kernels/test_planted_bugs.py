@@ -128,8 +128,6 @@ BUGS = {
     ),
     "tail out of bounds, projector": Bug(PROJECTOR, "src/projector.cu", "&& first_row + token < a.rows;", ";"),
     "missing barrier, decode": Bug(DECODE, "src/attention_decode.cu", WEIGH, ""),
-    "missing barrier, prefill": Bug(PREFILL, "src/attention_prefill.cu", STAGE, ""),
-    "wait_group off by one, decode": Bug(DECODE, "src/attention_decode.cu", "ve_cp_wait<1>", "ve_cp_wait<2>"),
     "the new key of the cache, decode": Bug(
         DECODE, "src/attention_decode.cu", "if (start + row + i != length - 1)\n", ""
     ),

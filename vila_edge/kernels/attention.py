@@ -2,7 +2,8 @@
 
 A layer of a sequence is one piece of memory, keys [H_kv, capacity, dim] and behind them values of the same shape.
 `qkv` is float16 [rows, (H + 2 H_kv) dim], all queries, then all keys, then all values of a row, rotated already;
-`positions` int32 [rows] is each row's place in its sequence; `out` float16 [rows, H dim]. All are addresses.
+`positions` int32 [rows] is each row's place in its sequence; `out` float16 [rows, H dim]. All are addresses, and
+multiples of 16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ KvCache = Literal["float16", "int8"]
 SPLIT = 128  # positions of a block of attention_decode.cu: a result depends neither on the batch nor on a bucket
 MAX_GROUP = 8  # queries that share a key
 DIMS = (16, 32, 64, 128)
-ALIGNMENT = 16  # bytes, of every address: qkv, layers, scales, scratch
 _TYPES: dict[KvCache, tuple[str, int]] = {"float16": ("f16", 2), "int8": ("i8", 1)}  # in names; bytes of a number
 
 
