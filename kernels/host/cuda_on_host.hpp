@@ -1,8 +1,9 @@
 // CUDA on a CPU, as far as the kernels here use it: their sources compile with g++, for tests and the fake driver.
 //
-// Made to find mistakes, not to be fast. Shared memory starts as poison. cp.async lands as late as the rules allow (at
-// ve_cp_wait), in reverse order as early as they allow (at once). Bank conflicts of ldmatrix and ve_ld_shared are
-// counted. One barrier interval runs thread by thread, so only races that an order shows are seen: run three orders.
+// Made to find mistakes, not to be fast. Shared memory starts as poison. cp.async reads and lands as late as the rules
+// allow (at ve_cp_wait), in reverse order as early as they allow (at once), shuffled it reads early and lands late. Bank
+// conflicts of ldmatrix and ve_ld_shared are counted. One barrier interval runs thread by thread, so only races that an
+// order shows are seen: run three orders.
 #pragma once
 #include "fibers.hpp"
 
@@ -59,6 +60,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 // ---- the twins of ve_ptx.cuh ---------------------------------------------------------------------------------------
 inline unsigned ve_lop3_and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
+inline float ve_exp2(float x) { return x < -126.f ? 0.f : exp2f(x); }
 inline uint4 ve_ld_stream(const uint4* p) {
   ve_host::must_be_aligned(p, 16);
   return *p;
@@ -76,7 +78,9 @@ inline void count_conflicts(const uintptr_t* address, int lanes) {
     stats.bank_conflicts += conflict;
   }
 }
-inline void land(Copy& copy) { copy.pred ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16); }
+inline void land(Copy& copy) {
+  copy.pred ? memcpy(copy.to, copy.was_read ? copy.bytes : copy.from, 16) : memset(copy.to, 0, 16);
+}
 }  // namespace ve_host
 
 inline uint4 ve_ld_shared(const void* p) {
@@ -90,8 +94,9 @@ inline uint4 ve_ld_shared(const void* p) {
 inline void ve_cp_async16(void* to, const void* from, bool pred) {
   ve_host::must_be_aligned(to, 16);
   if (pred) ve_host::must_be_aligned(from, 16);
-  ve_host::Copy copy{to, from, pred};
+  ve_host::Copy copy{to, from, pred, pred && ve_host::order == ve_host::SHUFFLED, {}};
   if (ve_host::order == ve_host::REVERSE) return ve_host::land(copy);
+  if (copy.was_read) memcpy(copy.bytes, from, 16);
   ve_host::current->copies.push_back(copy);
 }
 inline void ve_cp_commit() { ve_host::current->groups.push_back(ve_host::current->copies.size()); }
@@ -106,19 +111,40 @@ inline void ve_cp_wait() {
   groups.erase(groups.begin(), groups.begin() + landed_groups);
   for (auto& end : groups) end -= landed;
 }
-inline void ve_ldmatrix_x4(unsigned (&r)[4], const void* p) {
-  ve_host::must_be_aligned(p, 16);
-  auto slots = ve_host::exchange(&p, sizeof p, 0xffffffffu, "ldmatrix");
-  const unsigned lane = ve_host::current->lane;
+namespace ve_host {
+// Lane i gets elements 2(i % 4), +1 of row i / 4 of each matrix; with `trans`, of column i / 4.
+inline void ldmatrix(unsigned (&r)[4], const void* p, bool trans) {
+  must_be_aligned(p, 16);
+  auto slots = exchange(&p, sizeof p, 0xffffffffu, trans ? "ldmatrix.trans" : "ldmatrix");
+  const unsigned lane = current->lane;
   for (int i = 0; i < 4; ++i) {
-    const unsigned* row;
-    memcpy(&row, slots[8 * i + lane / 4], sizeof row);
-    r[i] = row[lane % 4];
+    uint16_t pair[2];
+    for (unsigned e = 0; e < 2; ++e) {
+      const unsigned row = trans ? lane % 4 * 2 + e : lane / 4, column = trans ? lane / 4 : lane % 4 * 2 + e;
+      const uint16_t* from;
+      memcpy(&from, slots[8 * i + row], sizeof from);
+      pair[e] = from[column];
+    }
+    memcpy(&r[i], pair, sizeof pair);
   }
   if (lane) return;
   uintptr_t address[32];
   for (int i = 0; i < 32; ++i) memcpy(&address[i], slots[i], sizeof address[i]);
-  ve_host::count_conflicts(address, 32);
+  count_conflicts(address, 32);
+}
+}  // namespace ve_host
+inline void ve_ldmatrix_x4(unsigned (&r)[4], const void* p) { ve_host::ldmatrix(r, p, false); }
+inline void ve_ldmatrix_x4_trans(unsigned (&r)[4], const void* p) { ve_host::ldmatrix(r, p, true); }
+inline unsigned ve_transpose(unsigned pair) {
+  auto slots = ve_host::exchange(&pair, sizeof pair, 0xffffffffu, "movmatrix");
+  const unsigned lane = ve_host::current->lane, column = lane / 4;
+  unsigned result = 0;
+  for (unsigned e = 0; e < 2; ++e) {
+    uint16_t element;
+    memcpy(&element, slots[(lane % 4 * 2 + e) * 4 + column / 2] + 2 * (column % 2), sizeof element);
+    result |= (unsigned)element << (16 * e);
+  }
+  return result;
 }
 inline void ve_mma16816(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};

@@ -27,6 +27,8 @@ struct Copy {  // a cp.async on its way
   void* to;
   const void* from;
   bool pred;
+  bool was_read;            // when it was asked for, not when it lands
+  unsigned char bytes[16];  // that were read
 };
 struct Fiber {
   uint3 index;

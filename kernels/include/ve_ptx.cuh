@@ -17,6 +17,13 @@ __device__ __forceinline__ unsigned ve_lop3_and_or(unsigned a, unsigned b, unsig
   return r;
 }
 
+// 2^x to 2 units of the last place; exactly 1 for 0, and 0 for what is below 2^-126.
+__device__ __forceinline__ float ve_exp2(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
 // Sixteen bytes that are read once: they pass the L1 cache by, and DRAM is asked for 128 bytes.
 __device__ __forceinline__ uint4 ve_ld_stream(const uint4* p) {
   uint4 r;
@@ -50,6 +57,20 @@ __device__ __forceinline__ void ve_ldmatrix_x4(unsigned (&r)[4], const void* p) 
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+// The same of transposed matrices: lane i gets elements (2(i % 4), i / 4) and (2(i % 4) + 1, i / 4) of each.
+__device__ __forceinline__ void ve_ldmatrix_x4_trans(unsigned (&r)[4], const void* p) {
+  unsigned address = (unsigned)__cvta_generic_to_shared(p);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// An 8x8 matrix of halves, transposed: lane i gives elements 2(i % 4), +1 of row i / 4, and gets those of column i / 4.
+__device__ __forceinline__ unsigned ve_transpose(unsigned pair) {
+  unsigned r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(pair));
+  return r;
 }
 
 // c[16, 8] += a[16, 16] b[16, 8], fp32 sums. Lane (g, t) = (lane / 4, lane % 4) holds c: (g, 2t), (g, 2t+1), (g+8, 2t),

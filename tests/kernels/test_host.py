@@ -26,7 +26,13 @@ BODIES = {
     "poison": "VE_SHARED(__half, s, 32); if (!wrong) s[i] = x[0];\n  __syncthreads(); y[i] = s[i];",
     "late": "VE_DYN_SMEM(s); ve_cp_async16(s + 16 * i, x, true); ve_cp_commit(); if (!wrong) ve_cp_wait<0>();\n"
     "  y[i] = reinterpret_cast<__half*>(s)[8 * i];",
+    "source": "VE_DYN_SMEM(s); ve_cp_async16(s + 16 * i, y + 8 * i, true); ve_cp_commit(); y[8 * i] = x[0];\n"
+    "  ve_cp_wait<0>(); y[8 * i + 1] = reinterpret_cast<__half*>(s)[8 * i];",
     "banks": "VE_DYN_SMEM(s); ve_ld_shared(s + (wrong ? 128 : 16) * i);",
+    "matrices": "VE_DYN_SMEM(s); memcpy(s + 16 * i, x + 8 * i, 16); __syncwarp(); unsigned r[4];\n"
+    "  if (wrong) ve_ldmatrix_x4_trans(r, s + 16 * i); else ve_ldmatrix_x4(r, s + 16 * i);\n"
+    "  memcpy(y + 8 * i, r, 16);",
+    "transpose": "unsigned r; memcpy(&r, x + 2 * i, 4); r = ve_transpose(r); memcpy(y + 2 * i, &r, 4);",
 }
 EXACT = 64  # halves
 
@@ -94,9 +100,26 @@ def test_a_copy_lands_when_it_is_waited_for_or_before(host: HostKernels) -> None
     assert np.isnan(run(host, "late", 1)[0][:32]).all() == (host.order != "reverse")
 
 
+def test_a_copy_may_read_before_the_next_write(host: HostKernels) -> None:
+    assert np.isnan(run(host, "source", 0, size=256)[0][1::8]).all() == (host.order != "forward")
+
+
 def test_bank_conflicts_are_counted(host: HostKernels) -> None:
     assert run(host, "banks", 0)[1].bank_conflicts == 0
     assert run(host, "banks", 1)[1].bank_conflicts == run(host, "banks", 1)[1].shared_reads == 4
+
+
+def test_matrices_are_given_to_lanes(host: HostKernels) -> None:
+    """Lane i has elements 2 (i % 4), + 1 of row i / 4: of a matrix, or of what it is transposed."""
+    four = np.arange(256, dtype=np.float16).reshape(4, 8, 8)
+    x, y = host.put(four), host.empty((8, 4, 4, 2), np.float16)
+    for wrong, matrices in ((0, four), (1, four.transpose(0, 2, 1))):
+        stats = host.run(Launch("ve_matrices", (1, 1, 1), (x.address, y.address, 0, wrong)))
+        assert np.array_equal(y.numpy(), matrices.reshape(4, 8, 4, 2).transpose(1, 2, 0, 3))
+        assert (stats.shared_reads, stats.bank_conflicts) == (4, 0)
+    y = host.empty((8, 8), np.float16)
+    host.run(Launch("ve_transpose", (1, 1, 1), (x.address, y.address, 0, 0)))
+    assert np.array_equal(y.numpy(), four[0].T)
 
 
 def test_an_address_of_no_array_is_refused(host: HostKernels) -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.kernels.attention_cases import Case, decode_rows, prefill_rows
 from tests.kernels.host import ORDERS, Compiled, HostError, HostKernels
 from tests.kernels.oracle import dequantize, halves, product, random_int4
 from tests.kernels.products import multiply, put_weight
 from tests.kernels.projections import random_case
+from vila_edge.config import Heads
 from vila_edge.kernels import stream
 from vila_edge.kernels.epilogue import Epilogue
 from vila_edge.kernels.manifest import Manifest, manifest
@@ -43,6 +45,16 @@ def read(kernels: HostKernels) -> None:
     assert sums.numpy().sum(dtype=np.uint32) == words.sum(dtype=np.uint32)
 
 
+def decode(kernels: HostKernels) -> None:
+    case = Case("int8", Heads(6, 1, 64), past=[87], new=1)
+    case.expected(0).check(decode_rows(kernels, case))
+
+
+def prefill(kernels: HostKernels) -> None:
+    case = Case("float16", Heads(3, 1, 64), past=[120], new=15)
+    case.expected(0).check(prefill_rows(kernels, case))
+
+
 @dataclasses.dataclass(frozen=True)
 class Victim:
     """A kernel, the only one of its file that is built, and the check of its own tests."""
@@ -55,6 +67,8 @@ PROJECTOR = Victim("ve_project_f16_norm_64x64", project)
 GEMV = Victim("ve_gemv_w4a16_r1", functools.partial(multiply_w4, "gemv_r1"))
 GEMM = Victim("ve_gemm_w4a16_128x32", functools.partial(multiply_w4, "gemm_32"))
 READ = Victim("ve_stream_read", read)
+DECODE = Victim("ve_attention_decode_i8_64", decode)
+PREFILL = Victim("ve_attention_prefill_f16_64", prefill)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +85,9 @@ LOAD = "if (step + STAGES - 1 < a.steps) load(step + STAGES - 1);"
 ARRIVED = "__syncthreads();  // the tile is there for all, and nobody reads the one that is loaded over"
 GEMM_LOAD = "if (next < chunks) load(stages[next % STAGES], next);"
 GEMM_ARRIVED = "__syncthreads();  // the chunk is there for all, and nobody reads the one before it any more"
+WEIGH = "    __syncthreads();  // every warp's top is there: all of them weigh alike\n"
+STAGE = "__syncthreads();  // the stage is there for all, and nobody reads the one before it any more"
+REFILL = "if (first + POSITIONS < end) load(stages + (stage ^ 1) * 2 * SIDE, first + POSITIONS);"
 BUGS = {
     "missing barrier, projector": Bug(PROJECTOR, "src/projector.cu", ARRIVED, ""),
     "missing barrier, gemv": Bug(
@@ -110,6 +127,13 @@ BUGS = {
         "w + (warp_n + n * 16 + lane % 16) * K_STEP + (k + lane / 16) * 8",
     ),
     "tail out of bounds, projector": Bug(PROJECTOR, "src/projector.cu", "&& first_row + token < a.rows;", ";"),
+    "missing barrier, decode": Bug(DECODE, "src/attention_decode.cu", WEIGH, ""),
+    "the new key of the cache, decode": Bug(
+        DECODE, "src/attention_decode.cu", "if (start + row + i != length - 1)\n", ""
+    ),
+    "early refill, prefill": Bug(PREFILL, "src/attention_prefill.cu", f"{STAGE}\n      {REFILL}", f"{REFILL}\n{STAGE}"),
+    "shifted mask, prefill": Bug(PREFILL, "src/attention_prefill.cu", "e % 2 > last[e / 2]", "e % 2 > last[e / 2] + 1"),
+    "no swizzle, prefill": Bug(PREFILL, "include/ve_attention.cuh", "(flips - 1)", "(flips - flips)"),
     "tail out of bounds, read": Bug(READ, "src/stream.cu", "for (; at < vectors;", "for (; at <= vectors;"),
 }
 
@@ -141,7 +165,7 @@ def failures(compiled: Compiled, check: Check) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("victim", [PROJECTOR, GEMV, GEMM, READ], ids=lambda victim: victim.kernel)
+@pytest.mark.parametrize("victim", [PROJECTOR, GEMV, GEMM, READ, DECODE, PREFILL], ids=lambda victim: victim.kernel)
 def test_the_sources_as_they_ship_pass(tmp_path: Path, victim: Victim) -> None:
     compiled = Compiled(tmp_path, copy_kernels(tmp_path / "kernels", victim))
     assert failures(compiled, victim.check) == []
