@@ -11,7 +11,8 @@ namespace {
 constexpr int MAX_THREADS = 256, SLICE = 4096;   // of ve_sample_max_f32: logits of a block
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
 constexpr int BITS = 11, BINS = 1 << BITS;
-constexpr float BINS_PER_OCTAVE = 46.f;  // 44 octaves are 2024 bins
+constexpr float BINS_PER_OCTAVE = 46.f;
+static_assert(VE_OCTAVES * BINS_PER_OCTAVE <= BINS, "");
 constexpr int INDEX_BITS = 18, ORDER_BITS = 32 + INDEX_BITS;
 constexpr int IN_FLIGHT = 4;  // logits that a thread has asked for at once
 constexpr int LIST = 512;  // tokens that are compared with each other
@@ -289,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Row row{logits + (size_t)b * vocab, mask, vocab, ve_logit_of((unsigned)(best >> INDEX_BITS)), mine.rate};
     token = draw(row, mine, (unsigned)position + 1, *reinterpret_cast<Memory*>(memory), *shared);
   } else {
-    __syncthreads();  // all have read the position that is written below
+    __syncthreads();  // all have read the position that is written below, though none would do otherwise
   }
   if (threadIdx.x == 0) VeState{ids, positions, step, ring}.advance(token, mine, b, gridDim.x);
 }

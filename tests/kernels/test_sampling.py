@@ -140,6 +140,24 @@ def test_logits_that_fall_into_one_bin_are_told_apart(shuffled: Runner, make: An
     assert step.run() == expected
 
 
+@pytest.mark.parametrize("equal", [511, 512, 513, 1025])
+def test_as_many_tokens_as_a_list_holds_and_more(shuffled: Runner, equal: int) -> None:
+    logits = np.concatenate([np.full(equal, 2), [1, 0, -1]]).astype(np.float32)[None]
+    step = Step(shuffled, logits, records([DRAWS[0]]), np.array([3]))
+    for _ in range(3):
+        expected = step.expected()
+        assert step.run() == expected
+
+
+def test_top_p_lets_in_no_more_than_it_takes(shuffled: Runner) -> None:
+    """Of four equal tokens two are a half, exactly; a hair more than a half takes a third."""
+    half, more = (Sampling(temperature=1.0, top_p=top_p) for top_p in (0.5, 0.5 + 2.0**-53))
+    step = Step(shuffled, np.full((2, 4), 2, np.float32), records([half, more]), np.zeros(2))
+    first, second = zip(*[step.run() for _ in range(24)], strict=True)
+    assert set(first) == {0, 1}
+    assert set(second) == {0, 1, 2}
+
+
 def test_a_large_vocabulary(shuffled: Runner) -> None:
     chosen = [Sampling(temperature=1.2, top_k=5000, top_p=0.95), Sampling(temperature=4.0), GREEDY]
     step = Step(shuffled, random_logits(1, 152_064, 3), records(chosen), np.array([5, 6, 7]))
@@ -206,7 +224,8 @@ def test_a_mask_says_what_is_allowed(kernels: Runner, greedy: bool) -> None:
 def test_what_is_not_finite_is_refused(shuffled: Runner, value: float, greedy: bool) -> None:
     logits = random_logits(4, 5000, 3)
     logits[1, 4998] = value
-    step = Step(shuffled, logits, records([DRAWS[0]] * 3, masked=True), np.zeros(3), np.arange(5000) < [[4000]] * 3)
+    chosen = records([DRAWS[0]] * 3, masked=True, stops=range(4990, 4998))
+    step = Step(shuffled, logits, chosen, np.zeros(3), np.arange(5000) < [[4000]] * 3)
     tokens = step.run(greedy)
     assert tokens[1] == REFUSED
     assert min(tokens[::2]) >= 0
