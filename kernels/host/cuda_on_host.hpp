@@ -62,7 +62,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return result;
 }
 
-// Of integers in shared memory alone: there no order shows. Atomics between blocks are a mistake, floats do not compile.
+// Of integers in shared memory alone, where no order shows. One between blocks is a mistake, floats do not compile.
 inline unsigned atomicAdd(unsigned* place, unsigned value) {
   ve_host::must_be_shared(place, sizeof *place);
   const unsigned before = *place;
