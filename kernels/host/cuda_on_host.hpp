@@ -47,6 +47,11 @@ inline T __shfl_down_sync(unsigned mask, T value, int lanes, int = 32) {
   const unsigned lane = ve_host::current->lane, source = lane + lanes;
   return ve_host::shuffle(value, source < 32 ? source : lane, mask);
 }
+template <class T>
+inline T __shfl_up_sync(unsigned mask, T value, int lanes, int = 32) {
+  const unsigned lane = ve_host::current->lane;
+  return ve_host::shuffle(value, lane >= (unsigned)lanes ? lane - lanes : lane, mask);
+}
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   auto slots = ve_host::exchange(&predicate, sizeof predicate, mask, "__ballot_sync");
   unsigned result = 0;
@@ -57,6 +62,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return result;
 }
+
+// Of integers in shared memory alone, where no order shows. One between blocks is a mistake, floats do not compile.
+inline unsigned atomicAdd(unsigned* place, unsigned value) {
+  ve_host::must_be_shared(place, sizeof *place);
+  const unsigned before = *place;
+  *place += value;
+  return before;
+}
+inline float atomicAdd(float*, float) = delete;
 
 // ---- the twins of ve_ptx.cuh ---------------------------------------------------------------------------------------
 inline unsigned ve_lop3_and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }

@@ -67,6 +67,7 @@ inline void (*entry)(void*);
 inline void* entry_argument;
 inline unsigned char* dynamic_shared;
 inline size_t dynamic_bytes;
+inline std::vector<std::pair<uintptr_t, size_t>> static_shared;  // of this block, as its threads come by them
 inline Order order;
 inline uint64_t random_state;
 inline char message[256];
@@ -81,6 +82,13 @@ inline char message[256];
 }
 inline void must_be_aligned(const void* p, size_t bytes) {
   if ((uintptr_t)p % bytes) fail(BROKEN_RULE, "a vector access is not aligned", (uintptr_t)p);
+}
+inline void must_be_shared(const void* p, size_t bytes) {
+  const auto at = (uintptr_t)p;
+  if (at >= (uintptr_t)dynamic_shared && at + bytes <= (uintptr_t)dynamic_shared + dynamic_bytes) return;
+  for (const auto& [array, size] : static_shared)
+    if (at >= array && at + bytes <= array + size) return;
+  fail(BROKEN_RULE, "an atomic outside shared memory", at);
 }
 inline void on_signal(int, siginfo_t* info, void*) {
   fail(FAULT, "an access out of bounds, or a write to a const argument", (uintptr_t)info->si_addr);
@@ -143,6 +151,7 @@ inline void start_block(unsigned threads) {
   live = block_threads = threads;
   at_barrier = 0;
   ++block_number;
+  static_shared.clear();
   memset(dynamic_shared, 0xFF, dynamic_bytes);  // poison: NaN as half or float
   for (auto& w : warps) {
     w.lanes = w.arrived = 0;
@@ -210,7 +219,9 @@ inline void run_block(unsigned threads) {
 
 // Poisons an array of static shared memory for the first thread of a block that comes along.
 inline void poison_once(void* array, size_t bytes, unsigned& last_block) {
-  if (last_block != block_number) memset(array, 0xFF, bytes);
+  if (last_block == block_number) return;
+  memset(array, 0xFF, bytes);
+  static_shared.emplace_back((uintptr_t)array, bytes);
   last_block = block_number;
 }
 

@@ -65,12 +65,14 @@ PLANTED = {
     "good": "int sum = 0; for (int i = 0; i < n; ++i) sum += x[i]; y[threadIdx.x] = sum;",
     "spill": "int v[96];\n#pragma unroll\nfor (int i = 0; i < 96; ++i) v[i] = x[i * 256 + threadIdx.x];\n"
     "__syncthreads();\n#pragma unroll\nfor (int i = 0; i < 96; ++i) y[i * 256 + threadIdx.x] = v[i] * v[(i * 37 + 11) % 96];",
+    "atomic": "atomicAdd(y, x[threadIdx.x]);",
+    "atomic_back": "y[threadIdx.x] = atomicAdd(y, x[threadIdx.x]);",
     "indexed": "int v[64] = {}; for (int i = 0; i < 64; ++i) v[x[i] & 63] = i; y[threadIdx.x] = v[n & 63];",
 }
 
 
 def test_the_gate_sees_what_it_is_there_for(tmp_path: Path) -> None:
-    """Planted: a spill, an array in local memory, an instruction that is missing, and one too many registers."""
+    """Planted: a spill, an array in local memory, atomics between blocks, a missing instruction, too many registers."""
     (tmp_path / "src").mkdir()
     (tmp_path / "include").mkdir()
     source = "".join(
@@ -92,6 +94,8 @@ def test_the_gate_sees_what_it_is_there_for(tmp_path: Path) -> None:
         assert faults(dataclasses.replace(good, must_not=("STG.E",)), fine) == ["STG.E"]
         few = dataclasses.replace(good, max_registers=fine.resources.registers - 1)
         assert faults(few, fine) == [f"{fine.resources.registers} registers"]
+        assert {"RED.E", "REDG"} & {*faults(planted["ve_atomic"], built["ve_atomic", architecture])}
+        assert "ATOMG" in faults(planted["ve_atomic_back"], built["ve_atomic_back", architecture])
         for name in ("ve_spill", "ve_indexed"):
             seen = faults(planted[name], built[name, architecture])
             assert any("bytes of stack" in fault for fault in seen) and "STL" in seen, (name, architecture, seen)

@@ -26,6 +26,11 @@ BODIES = {
     "poison": "VE_SHARED(__half, s, 32); if (!wrong) s[i] = x[0];\n  __syncthreads(); y[i] = s[i];",
     "late": "VE_DYN_SMEM(s); ve_cp_async16(s + 16 * i, x, true); ve_cp_commit(); if (!wrong) ve_cp_wait<0>();\n"
     "  y[i] = reinterpret_cast<__half*>(s)[8 * i];",
+    "atomic": "VE_SHARED(unsigned, s, 1); if (i == 0) s[0] = 0;\n  __syncthreads();\n"
+    "  atomicAdd(wrong ? reinterpret_cast<unsigned*>(y) : s, (unsigned)i);\n  __syncthreads();\n"
+    "  y[i] = __float2half((float)s[0]);",
+    "dynamic": "VE_DYN_SMEM(s); atomicAdd(reinterpret_cast<unsigned*>(s + 4096 - (wrong ? 2 : 4)), 1u);",
+    "up": "y[i] = __float2half((float)__shfl_up_sync(0xffffffffu, i, 3));",
     "source": "VE_DYN_SMEM(s); ve_cp_async16(s + 16 * i, y + 8 * i, true); ve_cp_commit(); y[8 * i] = x[0];\n"
     "  ve_cp_wait<0>(); y[8 * i + 1] = reinterpret_cast<__half*>(s)[8 * i];",
     "banks": "VE_DYN_SMEM(s); ve_ld_shared(s + (wrong ? 128 : 16) * i);",
@@ -82,6 +87,8 @@ def run(host: HostKernels, name: str, wrong: int, size: int = EXACT, n: int = 32
         ("branch", EXACT, "threads of a block meet at different barriers"),
         ("leave", EXACT, "__syncthreads waits for threads that never come"),
         ("lanes", EXACT, "lanes of a warp meet in different collectives"),
+        ("atomic", EXACT, "an atomic outside shared memory"),
+        ("dynamic", EXACT, "an atomic outside shared memory"),
     ],
 )
 def test_a_mistake_is_an_error(host: HostKernels, name: str, size: int, message: str) -> None:
@@ -93,6 +100,14 @@ def test_a_mistake_is_an_error(host: HostKernels, name: str, size: int, message:
 def test_shared_memory_starts_as_poison(host: HostKernels) -> None:
     assert not np.isnan(run(host, "poison", 0)[0][:32]).any()
     assert np.isnan(run(host, "poison", 1)[0][:32]).all()
+
+
+def test_atomics_in_shared_memory_add_up(host: HostKernels) -> None:
+    assert (run(host, "atomic", 0)[0][:32] == sum(range(32))).all()
+
+
+def test_lanes_get_what_lies_below_them_and_the_lowest_keep_theirs(host: HostKernels) -> None:
+    assert run(host, "up", 0)[0][:32].tolist() == [0, 1, 2, *range(29)]
 
 
 def test_a_copy_lands_when_it_is_waited_for_or_before(host: HostKernels) -> None:

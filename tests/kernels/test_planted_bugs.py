@@ -17,11 +17,13 @@ from tests.kernels.host import ORDERS, Compiled, HostError, HostKernels
 from tests.kernels.oracle import dequantize, halves, product, random_int4
 from tests.kernels.products import multiply, put_weight
 from tests.kernels.projections import random_case
+from tests.kernels.test_sampling import Step, records
 from vila_edge.config import Heads
 from vila_edge.kernels import stream
 from vila_edge.kernels.epilogue import Epilogue
 from vila_edge.kernels.manifest import Manifest, manifest
 from vila_edge.kernels.w4_layout import plain_order
+from vila_edge.sampler import Sampling
 
 Check = Callable[[HostKernels], None]
 
@@ -45,6 +47,19 @@ def read(kernels: HostKernels) -> None:
     assert sums.numpy().sum(dtype=np.uint32) == words.sum(dtype=np.uint32)
 
 
+def draw(kernels: HostKernels) -> None:
+    ties = np.zeros(2500)
+    ties[::3] = np.linspace(-3, 0, len(ties[::3]))
+    mixed = np.random.default_rng(0).standard_normal(2500)
+    mixed[::10] = 3.5  # their mass is a power of two, without a carry: half of all
+    logits = np.stack([ties, mixed]).astype(np.float32)
+    drawn = [Sampling(temperature=0.8, top_k=1500, top_p=0.95), Sampling(temperature=2.0)]
+    step = Step(kernels, logits, records(drawn), np.array([4, 5]))
+    for _ in range(10):
+        expected = step.expected()
+        assert step.run() == expected
+
+
 def decode(kernels: HostKernels) -> None:
     case = Case("int8", Heads(6, 1, 64), past=[87], new=1)
     case.expected(0).check(decode_rows(kernels, case))
@@ -57,18 +72,21 @@ def prefill(kernels: HostKernels) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Victim:
-    """A kernel, the only one of its file that is built, and the check of its own tests."""
+    """A kernel and the check of its own tests. Of its file, only what the check launches is built."""
 
     kernel: str
     check: Check
+    beside: tuple[str, ...] = ()
 
 
 PROJECTOR = Victim("ve_project_f16_norm_64x64", project)
 GEMV = Victim("ve_gemv_w4a16_r1", functools.partial(multiply_w4, "gemv_r1"))
 GEMM = Victim("ve_gemm_w4a16_128x32", functools.partial(multiply_w4, "gemm_32"))
 READ = Victim("ve_stream_read", read)
+DRAW = Victim("ve_sample_f32", draw, beside=("ve_sample_max_f32",))
 DECODE = Victim("ve_attention_decode_i8_64", decode)
 PREFILL = Victim("ve_attention_prefill_f16_64", prefill)
+VICTIMS = (PROJECTOR, GEMV, GEMM, READ, DRAW, DECODE, PREFILL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +99,7 @@ class Bug:
     new: str
 
 
+LISTED = "__syncthreads();\n  if (threadIdx.x < found.part.count) {"
 LOAD = "if (step + STAGES - 1 < a.steps) load(step + STAGES - 1);"
 ARRIVED = "__syncthreads();  // the tile is there for all, and nobody reads the one that is loaded over"
 GEMM_LOAD = "if (next < chunks) load(stages[next % STAGES], next);"
@@ -127,6 +146,15 @@ BUGS = {
         "w + (warp_n + n * 16 + lane % 16) * K_STEP + (k + lane / 16) * 8",
     ),
     "tail out of bounds, projector": Bug(PROJECTOR, "src/projector.cu", "&& first_row + token < a.rows;", ";"),
+    "missing barrier, draw": Bug(DRAW, "src/sampling.cu", LISTED, LISTED.removeprefix("__syncthreads();")),
+    "missing barrier, scan": Bug(
+        DRAW, "src/sampling.cu", "shared.warps[warp] = sum;\n    __syncthreads();", "shared.warps[warp] = sum;"
+    ),
+    "a carry is lost, draw": Bug(DRAW, "src/sampling.cu", "(before > ~low_part)", "0 * before"),
+    "ties by the last index, draw": Bug(
+        DRAW, "src/sampling.cu", "other.order > mine.order", "other.order / 512 > mine.order / 512"
+    ),
+    "tail out of bounds, draw": Bug(DRAW, "src/sampling.cu", "token < vocab ? __ldg", "token <= vocab ? __ldg"),
     "missing barrier, decode": Bug(DECODE, "src/attention_decode.cu", WEIGH, ""),
     "the new key of the cache, decode": Bug(
         DECODE, "src/attention_decode.cu", "if (start + row + i != length - 1)\n", ""
@@ -144,7 +172,8 @@ def copy_kernels(folder: Path, victim: Victim, bug: Bug | None = None) -> Manife
     for part in ("src", "include", "host"):
         shutil.copytree(source.root / part, folder / part)
     file = folder / "src" / source[victim.kernel].file
-    other = rf"^VE_\w+\(ve_(?!{victim.kernel.removeprefix('ve_')}[,)]).*\n"
+    launched = "|".join((victim.kernel, *victim.beside))
+    other = rf"^VE_\w+\((?!(?:{launched})[,)])ve_.*\n"
     file.write_text(re.sub(other, "", file.read_text(), flags=re.MULTILINE))
     if bug:
         path = folder / bug.file
@@ -165,7 +194,7 @@ def failures(compiled: Compiled, check: Check) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("victim", [PROJECTOR, GEMV, GEMM, READ, DECODE, PREFILL], ids=lambda victim: victim.kernel)
+@pytest.mark.parametrize("victim", VICTIMS, ids=lambda victim: victim.kernel)
 def test_the_sources_as_they_ship_pass(tmp_path: Path, victim: Victim) -> None:
     compiled = Compiled(tmp_path, copy_kernels(tmp_path / "kernels", victim))
     assert failures(compiled, victim.check) == []

@@ -1,4 +1,4 @@
-"""vila-edge bench BUNDLE; `bench kernels` is in bench_kernels.py."""
+"""vila-edge bench BUNDLE; `bench kernels` and `bench predict` are in bench_kernels.py and bench_predict.py."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def bench(
     """Measure a bundle on this machine: time of each stage, memory, and how near decode is to the memory's speed.
 
     Prompts are random tokens and images are noise: the time does not depend on what they say. Sampling is left out.
-    `bench kernels` measures the CUDA kernels alone; a bundle of that name is ./kernels.
+    `bench kernels` measures the CUDA kernels alone, `bench predict` counts what a token would cost on them; a bundle
+    of such a name is ./kernels.
     """
     from vila_edge import fsio
     from vila_edge.bench.report import headline, markdown, sheets

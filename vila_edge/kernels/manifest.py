@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, Any] = {
     "shared_memory": 0,
     "min_blocks": 1,
     "must": [],
-    "must_not": ["LDL", "STL"],
+    "must_not": ["LDL", "STL", "ATOM.", "ATOMG", "RED.E", "REDG"],  # local memory, atomics between blocks
     "tile": {},
     "shape": [],
     "shapes": [],

@@ -44,6 +44,11 @@ class Model:
     heads: Heads
     intermediate_size: int
     vocab_size: int
+    layers: int = 1
+
+    @classmethod
+    def of(cls, name: str, llm: LlmConfig) -> Model:
+        return cls(name, llm.hidden_size, llm.heads, llm.intermediate_size, llm.vocab_size, llm.num_hidden_layers)
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -109,10 +114,10 @@ class Projection:
 
 
 MODELS = (
-    Model("VILA1.5-3B", 2560, Heads(20, 20, 128), 6912, 32000),
-    Model("VILA1.5-8B", 4096, Heads(32, 8, 128), 14336, 128257),
-    Model("NVILA-2B", 1536, Heads(12, 2, 128), 8960, 151648),
-    Model("NVILA-8B", 3584, Heads(28, 4, 128), 18944, 151648),
+    Model("VILA1.5-3B", 2560, Heads(20, 20, 128), 6912, 32000, 32),
+    Model("VILA1.5-8B", 4096, Heads(32, 8, 128), 14336, 128257, 32),
+    Model("NVILA-2B", 1536, Heads(12, 2, 128), 8960, 151648, 28),
+    Model("NVILA-8B", 3584, Heads(28, 4, 128), 18944, 151648, 28),
 )
 PROJECTIONS = (
     Projection("VILA1.5-3B", "mlp_downsample", 27, 1152, 2560, VILA_1_5),
