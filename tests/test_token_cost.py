@@ -72,11 +72,9 @@ def test_what_a_batch_shares_is_counted_once() -> None:
 
 
 def test_forms_and_launches_are_choices() -> None:
-    base, int4, int8, single = (
-        decode_cost(VILA_3B, decode)
-        for decode in (Decode(), Decode(lm_head="int4"), Decode(kv_cache="int8"), Decode(attention_launches=1))
+    base, int8, single = (
+        decode_cost(VILA_3B, decode) for decode in (Decode(), Decode(kv_cache="int8"), Decode(attention_launches=1))
     )
-    assert int4.bytes["lm_head weights"] == 32000 * 2560 // 2 + 32000 * 20 * 3
     assert 2 * int8.bytes["kv_cache read"] == base.bytes["kv_cache read"]
     assert base.launches - single.launches == 32
 
@@ -145,7 +143,6 @@ def test_measurements_that_say_nothing_are_refused(rows: list[Measurement], mess
     [
         ({"batch": 9}, "a batch of 9"),
         ({"context": 0}, "a context of 0"),
-        ({"lm_head": "float16"}, "lm_head float16"),
         ({"kv_cache": "int4"}, "kv_cache int4"),
         ({"attention_launches": 3}, "3 launches"),
     ],

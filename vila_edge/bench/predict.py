@@ -106,7 +106,7 @@ def _cost(found: dict[str, Any]) -> Sheet:
     ]
     decode = found["decode"]
     title = f"A step of batch {decode['batch']} behind {decode['context']:,} positions, counted: MB"
-    forms = f"int4, lm_head {decode['lm_head']}, kv_cache {decode['kv_cache']}"
+    forms = f"int4, lm_head int8, kv_cache {decode['kv_cache']}"
     return Sheet(f"{title} ({forms})", ("part", *(model["model"] for model in found["models"])), rows)
 
 

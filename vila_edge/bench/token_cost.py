@@ -20,7 +20,7 @@ from vila_edge.errors import ConfigError, UsageError
 from vila_edge.kernels.sampling import MAX_BATCH
 from vila_edge.kernels.w4_layout import GROUP, ROWS
 
-HeadForm = Literal["int4", "int8"]
+Form = Literal["int4", "int8"]
 
 HALF, SINGLE = 2, 4  # bytes
 ASSUMED = "assumed, not measured on any GPU"
@@ -34,7 +34,6 @@ class Decode:
 
     context: int = 256  # positions that attention reads
     batch: int = 1
-    lm_head: HeadForm = "int8"
     kv_cache: str = "float16"
     attention_launches: int = 2  # 2: over parts of the context, then what combines them
 
@@ -43,10 +42,8 @@ class Decode:
             raise UsageError(
                 f"a batch of {self.batch}, a context of {self.context}: expected 1 to {MAX_BATCH}, and 1 or more"
             )
-        if self.lm_head not in ("int4", "int8") or self.kv_cache not in KV_BYTES:
-            raise UsageError(
-                f"lm_head {self.lm_head}, kv_cache {self.kv_cache}: expected int4 or int8, and one of {', '.join(KV_BYTES)}"
-            )
+        if self.kv_cache not in KV_BYTES:
+            raise UsageError(f"kv_cache {self.kv_cache}: expected one of {', '.join(KV_BYTES)}")
         if self.attention_launches not in (1, 2):
             raise UsageError(f"{self.attention_launches} launches of attention: expected 1 or 2")
 
@@ -91,7 +88,7 @@ class Measurement:
     us: float
 
 
-def weight_bytes(product: Product, form: HeadForm) -> int:
+def weight_bytes(product: Product, form: Form) -> int:
     """Of a packed weight: integers, a float16 scale for each group, and with 4 bits a zero point of a byte."""
     numbers = _up(product.n, ROWS) * _up(product.k, GROUP)
     groups = numbers // GROUP
@@ -103,7 +100,7 @@ def decode_cost(model: Model, decode: Decode) -> Cost:
     batch, layers, heads, hidden = decode.batch, model.layers, model.heads, model.hidden_size
     *products, lm_head = model.products
     found = {f"{product.part} weights": layers * weight_bytes(product, "int4") for product in products} | {
-        "lm_head weights": weight_bytes(lm_head, decode.lm_head)
+        "lm_head weights": weight_bytes(lm_head, "int8"),  # in which the cuda engine has it, whatever the bundle says
     }
     position = 2 * layers * heads.key_value * heads.dim * KV_BYTES[decode.kv_cache] * batch  # keys and values
     found |= {"kv_cache read": position * decode.context, "kv_cache written": position}
@@ -127,7 +124,7 @@ def prefill_us(model: Model, tokens: int, decode: Decode, board: Board, constant
     """PREDICTED time until the logits behind a prompt are there: operations, or reading the weights if that is longer."""
     if tokens < 1:
         raise UsageError(f"a prompt of {tokens} tokens: expected 1 or more")
-    one = decode_cost(model, Decode(1, 1, decode.lm_head, decode.kv_cache, decode.attention_launches))
+    one = decode_cost(model, Decode(1, 1, decode.kv_cache, decode.attention_launches))
     blocks = tokens * _flops(model, lm_head=False)
     flops = (
         blocks + sum(2 * p.n * p.k for p in model.products[-1:]) + _attention_flops(model, tokens * (tokens + 1) // 2)

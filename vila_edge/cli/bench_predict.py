@@ -17,7 +17,6 @@ def bench_predict(
     model: Annotated[str | None, typer.Argument(help="As NVILA-2B, or a bundle. All models by default.")] = None,
     context: Annotated[int, typer.Option("-c", "--context", help="Positions that attention reads.")] = 256,
     batch: Annotated[int, typer.Option("-b", "--batch", help="Sequences, 1 to 8.")] = 1,
-    lm_head: Annotated[str, typer.Option(help="int4 or int8.")] = "int8",
     kv_cache: Annotated[str, typer.Option(help="float16 or int8.")] = "float16",
     prompt_tokens: Annotated[int, typer.Option(help="Positions of the prefill.")] = 512,
     constants: Annotated[
@@ -36,7 +35,7 @@ def bench_predict(
     from vila_edge.bench.token_cost import Constants, Decode
 
     check_results(json_file, markdown_file)
-    decode = Decode(context, batch, lm_head, kv_cache)  # type: ignore[arg-type]
+    decode = Decode(context, batch, kv_cache)
     used = predict.read_constants(constants) if constants else Constants()
     found = predict.predict(predict.find_models(model), decode, prompt_tokens, used)
     if json_file:
