@@ -191,6 +191,14 @@ class FakeStream:
         for work in queue:
             work()
 
+    def done(self) -> bool:
+        """Time passes from one look to the next: one piece of work is done."""
+        assert self.captured is None, "a stream that is captured cannot be asked"
+        self._device.calls["done"] += 1
+        if self.queue:
+            self.queue.pop(0)()
+        return not self.queue
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[Capture]:
         capture, self.captured = Capture(), []

@@ -105,7 +105,18 @@ CALL cuStreamSynchronize(void* handle) {
   auto* stream = (Stream*)handle;
   if (stream->capture) return outside_capture();
   if (int failed = entered()) return failed;
+  ++settings["waits"];
   return drain(stream, stream->given);
+}
+// Time passes from one question to the next: one piece of work is done.
+CALL cuStreamQuery(void* handle) {
+  LOCKED;
+  if (!streams.count(handle)) return INVALID_HANDLE;
+  auto* stream = (Stream*)handle;
+  if (stream->capture) return outside_capture();
+  if (int failed = entered()) return failed;
+  if (int failed = drain(stream, std::min(stream->done + 1, stream->given))) return failed;
+  return stream->given ? NOT_READY : OK;
 }
 CALL cuStreamDestroy_v2(void* stream) {
   LOCKED;
@@ -234,6 +245,7 @@ CALL cuGraphExecDestroy(void* graph) { LOCKED; return destroy<Graph>(executables
 CALL cuGraphLaunch(void* graph, void* stream) {
   LOCKED;
   if (!executables.count(graph)) return INVALID_HANDLE;
+  ++settings["graph launches"];
   for (auto& work : ((Graph*)graph)->work) if (int failed = give(stream, work)) return failed;
   return OK;
 }

@@ -31,7 +31,7 @@ struct Function {
 struct Module { void* library; std::map<std::string, Function*> functions; };
 
 std::recursive_mutex lock;
-std::map<std::string, long long> settings = {{"version", 12060}, {"devices", 1}, {"total", 1ll << 30}, {"launches", 0}};
+std::map<std::string, long long> settings = {{"version", 12060}, {"devices", 1}, {"total", 1ll << 30}, {"launches", 0}, {"graph launches", 0}, {"waits", 0}, {"allocations", 0}};
 std::map<Address, size_t> memory, pinned;  // address -> bytes
 std::set<void*> streams, events, modules, functions, graphs, executables;
 int contexts, sticky, context_object, captures;
@@ -97,6 +97,7 @@ int allocate(std::map<Address, size_t>& ranges, Address* out, size_t bytes) {
   const size_t taken = (bytes + 255) / 256 * 256;  // what a driver promises is a multiple of 256
   *out = (Address)base + whole(bytes) - taken;
   ranges[*out] = bytes;
+  ++settings["allocations"];
   return OK;
 }
 int release(std::map<Address, size_t>& ranges, Address address) {

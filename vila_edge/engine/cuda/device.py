@@ -62,6 +62,10 @@ class Stream(Protocol):
         """Wait until all work is done. Raises BackendError if some of it failed."""
         ...
 
+    def done(self) -> bool:
+        """Whether all work is done, without waiting for it. Raises BackendError if some of it failed."""
+        ...
+
     def capture(self) -> AbstractContextManager[Capture]:
         """Work that the block gives to the stream is not done, but becomes a graph. Raises BackendError."""
         ...

@@ -26,6 +26,10 @@ class PycudaStream(Owned):
         with self.device.call("the GPU failed"):
             self.raw.synchronize()
 
+    def done(self) -> bool:
+        with self.device.call("the GPU failed"):
+            return bool(self.raw.is_done())
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[Capture]:
         capture, libcuda = Capture(), self._libcuda
