@@ -50,6 +50,10 @@ class StoredParameters:
         """The integers of a weight in 4 bits, or of its rows. Raises KeyError if it is not stored so."""
         return int4.from_tensors(linear, self._parts(linear, rows))
 
+    def int8(self, linear: str, rows: Rows = _ALL) -> int8.Int8:
+        """The integers of a weight in 8 bits, or of its rows. Raises KeyError if it is not stored so."""
+        return int8.from_tensors(linear, self._parts(linear, rows))
+
     def _parts(self, linear: str, rows: Rows) -> dict[str, NDArray[Any]]:
         names = {*int4.part_names(linear), *int8.part_names(linear)} & self._files.keys()
         return {name: np.asarray(self._files[name].array(name)[rows]) for name in names}

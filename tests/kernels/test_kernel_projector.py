@@ -69,7 +69,7 @@ def test_every_family_is_what_the_architecture_computes(family: str, place: Plac
 
 
 def test_weights_of_8_bits(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vila_edge.engine.cuda.projector._PIECE", 1000)  # so that each goes up in several
+    monkeypatch.setattr("vila_edge.engine.cuda.upload.PIECE", 1000)  # so that each goes up in several
     cfg = config("mlp_downsample")
     parameters, meant = projector_parameters(cfg), projector_parameters(cfg)
     for name in [name for name, value in parameters.items() if value.ndim == 2]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from vila_edge.bundle import WEIGHTS, Bundle
 from vila_edge.engine.cuda.batches import Batches
 from vila_edge.engine.cuda.device import Arena, Device, Stream
 from vila_edge.engine.cuda.kernels import Kernels
+from vila_edge.engine.cuda.upload import Upload
 from vila_edge.errors import BackendError
 from vila_edge.kernels.launch import Launch
 from vila_edge.kernels.projector import FILE, Projector, fold_projector
@@ -24,7 +24,6 @@ FloatArray = NDArray[np.float32]
 
 COMPONENT = "mm_projector"
 WITHOUT = "use TensorRT's engine of it: --projector engine, and vila-edge build BUNDLE if there is none yet"
-_PIECE = 4 << 20  # bytes of pinned memory that weights go through
 _SCRATCH = "scratch"  # no name of a weight
 
 
@@ -63,8 +62,9 @@ class KernelProjector:
             self._scratch, self._weights = memory[_SCRATCH], {name: memory[name] for name in arrays}
             for launch in self._launches(*self._batches.addresses, images):
                 kernels.prepare(launch)
-            for name, array in arrays.items():
-                self._upload(memory[name], array)
+            with Upload(device, stream) as upload:
+                for name, array in arrays.items():
+                    upload(memory[name], array)
             self._close = resources.pop_all().close
 
     @property
@@ -94,18 +94,6 @@ class KernelProjector:
 
     def _compute(self, images: int) -> None:
         self.launch(*self._batches.addresses, images)
-
-    def _upload(self, address: int, array: NDArray[Any]) -> None:
-        content = array.reshape(-1).view(np.uint8)
-        staged = self._device.pinned((min(_PIECE, content.nbytes),), np.uint8)
-        try:
-            for start in range(0, content.nbytes, _PIECE):
-                piece = content[start : start + _PIECE]
-                staged[: len(piece)] = piece
-                self._device.copy_to_device_async(address + start, staged[: len(piece)], self._stream)
-                self._stream.synchronize()
-        finally:
-            self._device.unpin(staged)
 
     def free(self) -> None:
         """Give its memory back. The kernels are their owner's."""
