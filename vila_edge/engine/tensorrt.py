@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType, TracebackType
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vila_edge import architecture
 from vila_edge.bindings import GraphBindings
-from vila_edge.bundle import EMBED_TOKENS_FILE, Bundle
-from vila_edge.caches import check_ids
+from vila_edge.bundle import Bundle
 from vila_edge.engine.cuda import open_device
 from vila_edge.engine.cuda.batches import Batches
 from vila_edge.engine.cuda.device import Arena, Device, Stream
+from vila_edge.engine.cuda.device_engine import DeviceEngine
 from vila_edge.engine.cuda.kernels import Find, Kernels
 from vila_edge.engine.cuda.projector import KernelProjector
 from vila_edge.engine.engine_cache import EngineCache, EngineKey, Flag, build_flags, engine_key
@@ -36,13 +34,11 @@ from vila_edge.engine.tensorrt_plugin import PluginHome
 from vila_edge.engine.tensorrt_session import LoadedEngine, TensorrtRuntime
 from vila_edge.errors import BackendError
 from vila_edge.kernels import store
-from vila_edge.stored import StoredParameters
-from vila_edge.tensorfile import TensorFile
 
 FloatArray = NDArray[np.float32]
 
 
-class TensorrtEngine:
+class TensorrtEngine(DeviceEngine):
     """Runs a bundle's model with float16 activations on a GPU. `close` gives the GPU's memory back."""
 
     def __init__(
@@ -64,7 +60,6 @@ class TensorrtEngine:
         self.cfg = bundle.config
         with contextlib.ExitStack() as resources:  # given back in reverse order, and at once if something fails here
             trt, device = _open(runtime, device, resources)
-            self._device = device
             engines = cache or EngineCache()
             components = [name for name in COMPONENTS if (name, projector) != ("mm_projector", "kernel")]
             keys = find_engines(bundle, trt, device, engines, options, context, components)
@@ -83,7 +78,7 @@ class TensorrtEngine:
                     loaded[component] = self._runtime.load(plan, component, layout, _limits(self.options))
                 resources.callback(loaded[component].close)
                 del plan  # as large as the weights
-            self._stream = stream = device.stream()
+            stream = device.stream()
             resources.callback(stream.free)
             # One run at a time, all on one stream: all contexts can work in the same memory.
             scratch = Arena(device, {"scratch": max(engine.scratch_bytes for engine in loaded.values())})
@@ -106,19 +101,7 @@ class TensorrtEngine:
                 self._decoder = Decoder(
                     loaded["decoder"], layouts["decoder"], self.options, stream, scratch["scratch"], resources
                 )
-            resources.callback(stream.synchronize)
-            self._embed_tokens = StoredParameters([TensorFile(bundle.file(EMBED_TOKENS_FILE), keep_mapped=True)])
-            self._close = weakref.finalize(self, resources.pop_all().close)
-
-    def __enter__(self) -> TensorrtEngine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give everything back, caches included. Once is enough, more often does no harm."""
-        self._close()
+            self._own(bundle, device, stream, resources)
 
     @property
     def backend(self) -> str:
@@ -150,10 +133,6 @@ class TensorrtEngine:
         with self._at_work():
             return self._mm_projector(image_features)
 
-    def embed_tokens(self, input_ids: Sequence[int]) -> FloatArray:
-        table = (self.cfg.llm.vocab_size, self.cfg.llm.hidden_size)
-        return self._embed_tokens.float32(f"{architecture.EMBED_TOKENS}.weight", table, check_ids(input_ids, table[0]))
-
     def new_cache(self, capacity: int) -> TensorrtCache:
         """Raises UsageError if the engine was built for fewer positions, BackendError if the GPU has no more memory."""
         with self._at_work():
@@ -165,17 +144,6 @@ class TensorrtEngine:
         """Raises ContextError if the cache has no room for the new positions."""
         with self._at_work():
             return self._decoder.forward(inputs_embeds, cache, logits_to_keep)
-
-    @contextlib.contextmanager
-    def _at_work(self) -> Iterator[None]:
-        assert self._close.alive, "the engine is closed"
-        with self._device.current():
-            try:
-                yield
-            except BaseException:
-                with contextlib.suppress(BackendError):  # nothing of it may be under way when the next call comes
-                    self._stream.synchronize()
-                raise
 
 
 class Component:
