@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.kernels.host import Compiled
 from tests.tiny import TINY, random_parameters
 from vila_edge.export.recipe import Recipe
 from vila_edge.export.run import export_bundle
@@ -44,6 +45,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Kernels compiled for the CPU, each file once a session."""
+    return Compiled(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,7 @@ def test_the_first_prompt_has_room_for_its_images() -> None:
         (Options(repeat=0), "--repeat 0: expected at least 1"),
         (Options(warmup=-1), "--warmup -1: expected at least 0"),
         (Options(threads=0), "--threads 0: expected at least 1"),
-        (Options(backend="cuda"), "--backend cuda: not known"),
+        (Options(backend="cudnn"), "--backend cudnn: not known"),
         (Options(kv_cache="int3"), "--kv-cache int3: not known"),
     ],
 )
@@ -236,8 +236,8 @@ def test_a_fresh_process_gives_the_models_own_first_token(tiny_bundle: Path, pip
 
 def test_what_ends_a_fresh_process_is_said(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Workload(4, (4,), 1, 1, 0, 0, 0)
-    with pytest.raises(UsageError, match="unknown backend 'cuda'"):
-        cold.cold_start(tiny_bundle, Options(backend="cuda"), work)
+    with pytest.raises(UsageError, match="unknown backend 'cudnn'"):
+        cold.cold_start(tiny_bundle, Options(backend="cudnn"), work)
     with pytest.raises(InputError, match="no such directory"):
         cold.cold_start(tiny_bundle / "nowhere", Options(), work)
     monkeypatch.setattr(cold, "command", lambda *_: [shutil.which("sh") or "sh", "-c", "echo killed >&2; exit 9"])

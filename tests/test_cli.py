@@ -127,7 +127,7 @@ BAD_CALLS = {
     "too many marks": (["{bundle}", "-i", "{image}", "<image> <image>"], 3, "2 <image> marks, but 1 image"),
     "temperature": (["{bundle}", "Hi", "--temp", "-1"], 2, "temperature is -1.0, expected from 0 to 100"),
     "context": (["{bundle}", "Hi", "-c", "999"], 2, "a context of 999 positions: this model has 1 to 128"),
-    "backend": (["{bundle}", "Hi", "--backend", "cuda"], 2, "unknown backend 'cuda'"),
+    "backend": (["{bundle}", "Hi", "--backend", "cudnn"], 2, "unknown backend 'cudnn'"),
     "threads": (["{bundle}", "Hi", "-t", "0"], 2, "--threads 0: expected at least 1"),
     "too many threads": (["{bundle}", "Hi", "-t", "100000"], 2, "100,000 threads: expected 1 to"),
     "option": (["{bundle}", "Hi", "--nonsense"], 2, "No such option"),

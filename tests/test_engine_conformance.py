@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import cuda_engines
 from tests.fake_cuda import FakeDevice
 from tests.fake_tensorrt import make_module
 from tests.graphs import (
@@ -22,6 +23,7 @@ from tests.graphs import (
     int8_cache_oracle,
     scales_for,
 )
+from tests.kernels.host import Compiled
 from tests.tensorrt_engines import CONTEXT, KINDS, build_fakes
 from tests.test_tensorrt_graphs import stored_as
 from tests.tiny import TINY, random_parameters
@@ -30,6 +32,7 @@ from vila_edge.engine.protocol import Engine
 from vila_edge.engine.tensorrt import TensorrtEngine
 from vila_edge.errors import ContextError, UsageError
 from vila_edge.export.onnxruntime_ops import OnnxruntimeOps
+from vila_edge.kernels.attention import KvCache
 from vila_edge.reference.engine import ReferenceEngine, bundle_parameters, numpy_engine
 from vila_edge.reference.torch_engine import numpy_parameters_engine
 
@@ -39,6 +42,8 @@ PIXELS = RNG.standard_normal((2, 3, 46, 46)).astype(np.float32)
 IDS = RNG.integers(0, TINY.llm.vocab_size, 21).tolist()
 
 
+HALVES = 8e-3  # of the logits' standard deviation: all that passes between kernels has 16 bits
+FLIPPED = 0.1  # the same where a key between two steps of 8 bits may have been rounded to the other one
 ROUNDED = 0.08  # where products round their activations to 8 bits; logits have a standard deviation of 0.8
 
 
@@ -65,12 +70,30 @@ BACKENDS = (
     "onnxruntime, int4, int8 head",
     "onnxruntime, int4, int8 head, as shipped",
     *(f"tensorrt, {kind}" for kind in KINDS),
+    *(f"cuda; {model}; float16" for model in cuda_engines.MODELS),
+    "cuda; llama, grouped queries; int8",
+    *(pytest.param(f"cuda; {model}; int8", marks=pytest.mark.slow) for model in ("llama", "qwen2")),
+    *(
+        pytest.param(f"cuda on a GPU; {model}; {kv_cache}", marks=pytest.mark.gpu)
+        for model in cuda_engines.MODELS
+        for kv_cache in ("float16", "int8")
+    ),
 )
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compiled: Compiled) -> Pair:
     folder = tmp_path_factory.mktemp("engine")
+    if request.param.startswith("cuda"):  # kernels and engine are the real ones, the GPU is not
+        place, model, kv_cache = request.param.split("; ")
+        kv: KvCache = "int8" if kv_cache == "int8" else "float16"
+        own = cuda_engines.bundle_of(model, folder, IDS)
+        opened = cuda_engines.open_gpu if place == "cuda on a GPU" else cuda_engines.open_fake
+        cuda = opened(own, compiled, folder, kv)
+        request.addfinalizer(cuda.close)
+        oracle = cuda_engines.oracle_of(own, kv, IDS)
+        spread = float(oracle.forward(oracle.embed_tokens(IDS), oracle.new_cache(len(IDS))).std())
+        return Pair(cuda, oracle, atol=spread * (FLIPPED if kv == "int8" else HALVES))
     if request.param.startswith("tensorrt"):  # graphs and engine are the real ones, TensorRT and the GPU are not
         built, device = build_fakes(request.param.removeprefix("tensorrt, "), folder), FakeDevice()
         with pytest.MonkeyPatch.context() as patch:
@@ -179,7 +202,7 @@ def test_logits_of_a_position_that_is_not_new_are_refused(pair: Pair, position: 
 
 def test_a_call_needs_a_position(pair: Pair) -> None:
     with pytest.raises(UsageError, match="no positions"):
-        pair.engine.forward(np.zeros((0, TINY.llm.hidden_size), np.float32), pair.engine.new_cache(8))
+        pair.engine.forward(np.zeros((0, pair.oracle.cfg.llm.hidden_size), np.float32), pair.engine.new_cache(8))
 
 
 def test_a_cache_is_not_cut_below_nothing(pair: Pair) -> None:

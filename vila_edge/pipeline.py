@@ -14,7 +14,7 @@ from vila_edge.backends import open_engine
 from vila_edge.bundle import Bundle
 from vila_edge.caches import ImageCache, Prefix
 from vila_edge.config import VilaConfig
-from vila_edge.engine.protocol import Engine
+from vila_edge.engine.protocol import Engine, Generating
 from vila_edge.errors import ContextError, InputError, UsageError
 from vila_edge.media.image import ImageSource, load_image
 from vila_edge.media.video import Video, VideoSource, load_video
@@ -197,16 +197,22 @@ class Pipeline:
         return reply
 
     def _decode(self, reply: Reply, logits: FloatArray, sampler: Sampler, prefix: Prefix) -> Iterator[str]:
-        """Sample, stream, feed back, until the model stops or there is no room."""
-        decoder = self.tokenizer.stream()
+        """Take tokens and stream their text until the model stops or there is no room."""
+        decoder, timings = self.tokenizer.stream(), reply.timings
         limit = min(sampler.sampling.max_new_tokens, self.context - len(prefix.keys))
+        tokens = self._tokens(logits, sampler, prefix)
         while not reply.cancelled:
-            token = sampler(logits)
+            if reply.token_ids:
+                with timings.measure("decode_ms"):
+                    token = next(tokens)
+                timings.decode_steps += 1
+            else:
+                token = next(tokens)
             if token in self.stop_ids:
                 reply.finish_reason = "stop"
                 return
             reply.token_ids.append(token)
-            reply.timings.new_tokens += 1
+            timings.new_tokens += 1
             if piece := decoder.push(token):
                 piece = piece if reply.text else piece.lstrip()  # a template's answer starts with a blank
                 reply.text += piece
@@ -214,11 +220,24 @@ class Pipeline:
             if len(reply.token_ids) >= limit:
                 reply.finish_reason = "length"
                 return
-            with reply.timings.measure("decode_ms"):
-                logits = self.engine.forward(self.engine.embed_tokens([token]), prefix.cache)[0]
-                prefix.keys.append(token)
-            reply.timings.decode_steps += 1
         reply.finish_reason = "cancelled"
+
+    def _tokens(self, logits: FloatArray, sampler: Sampler, prefix: Prefix) -> Iterator[int]:
+        """Token after token, for as long as there is room: sampled from logits, or by an engine that samples itself."""
+        token = sampler(logits)
+        yield token
+        if isinstance(self.engine, Generating):
+            stops = tuple(self.stop_ids)
+            for following in self.engine.generate(token, prefix.cache, sampler.sampling, sampler.seed, stops):
+                prefix.keys.append(token)
+                token = following
+                yield token
+            return
+        while True:
+            logits = self.engine.forward(self.engine.embed_tokens([token]), prefix.cache)[0]
+            prefix.keys.append(token)
+            token = sampler(logits)
+            yield token
 
     def _keys(self, chunks: Sequence[Chunk], visuals: Sequence[Visual]) -> list[Hashable]:
         """What stands at each position of the sequence."""
@@ -266,6 +285,7 @@ def load(
     context: int = 0,
     kv_cache: str = "float32",
     projector: str = "engine",
+    tower: str = "auto",
 ) -> Pipeline:
     """A pipeline for a bundle, on the chosen backend: see `backends.open_engine`.
 
@@ -273,5 +293,5 @@ def load(
     """
     with Bundle.checked_meanwhile(bundle) as opened:  # an engine takes as long to load as its weights to be read
         tokenizer = Tokenizer(opened.tokenizer_json(), str(opened.path / "tokenizer.json"), opened.config.tokenizer)
-        engine = open_engine(opened, backend, threads, kv_cache, context, projector)
+        engine = open_engine(opened, backend, threads, kv_cache, context, projector, tower)
     return Pipeline(opened.manifest.name, opened.config, tokenizer, engine, context, opened.manifest.digest)

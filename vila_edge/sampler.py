@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from vila_edge.errors import UsageError, VilaEdgeError
 
+NOT_FINITE = ("the model's logits are not finite", "the bundle is broken: export the checkpoint again")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,9 +48,7 @@ class Sampler:
     def __call__(self, logits: NDArray[Any]) -> int:
         """A token id from logits [V]. Raises VilaEdgeError if they are not finite."""
         if not np.isfinite(logits).all():
-            raise VilaEdgeError(
-                "the model's logits are not finite", "the bundle is broken: export the checkpoint again"
-            )
+            raise VilaEdgeError(*NOT_FINITE)
         if self.sampling.temperature == 0:
             return int(logits.argmax())
         return int(self._random.choice(len(logits), p=self.probabilities(logits)))

@@ -1,24 +1,17 @@
-"""Kernels compiled for the CPU once a session, and memory of its own for every test; or a GPU, with `-m gpu`."""
+"""Kernels compiled for the CPU, and memory of its own for every test; or a GPU, with `-m gpu`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.kernels.host import ORDERS, Compiled, HostKernels
-from tests.kernels.on_device import DeviceKernels, host_find
+from tests.kernels.on_device import DeviceKernels, find_on
 from tests.kernels.runner import Runner
 from vila_edge.engine.cuda import open_device
-from vila_edge.kernels import store
 
 GPU = pytest.param("gpu", marks=pytest.mark.gpu)
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    return Compiled(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(params=[*ORDERS, GPU])
@@ -37,6 +30,5 @@ def _runner(place: str, compiled: Compiled) -> Iterator[Runner]:
     if place != "gpu":
         yield HostKernels(compiled, place)  # type: ignore[arg-type]
         return
-    find = host_find(compiled) if os.environ.get("VILA_EDGE_FAKE_DRIVER") else store.find
     with open_device() as device:
-        yield DeviceKernels(device, find)
+        yield DeviceKernels(device, find_on(compiled))

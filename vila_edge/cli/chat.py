@@ -48,16 +48,24 @@ def chat(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object with answer and timings.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no statistics.")] = False,
     backend: Annotated[
-        str, typer.Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt_rtx or numpy (slow reference).")
+        str,
+        typer.Option(
+            help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt_rtx, cuda (vila-edge's own kernels) or numpy "
+            "(slow reference)."
+        ),
     ] = "auto",
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads; all cores by default.")] = None,
     ctx_size: Annotated[int, typer.Option("-c", "--ctx-size", help="Positions of the context; 0: the model's.")] = 0,
     kv_cache: Annotated[
-        str, typer.Option(help="float32, or int8: a quarter of the memory, and faster in a long context.")
+        str,
+        typer.Option(help="float32 (16 bits on a GPU), or int8: less memory, and faster in a long context."),
     ] = "float32",
     projector: Annotated[
         str, typer.Option(help="With --backend tensorrt: its engine, or kernel: vila-edge's own, which need none.")
     ] = "engine",
+    tower: Annotated[
+        str, typer.Option(help="With --backend cuda: tensorrt or onnxruntime; auto takes the first that can.")
+    ] = "auto",
 ) -> None:
     """Ask about images: once with a PROMPT (or one on stdin), otherwise in a conversation."""
     sampling = Sampling(temperature, top_p, top_k, max_tokens, seed)
@@ -74,7 +82,7 @@ def chat(
         raise UsageError("--think goes with a PROMPT", "in a conversation, type the cue: Think step-by-step.")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: expected at least 1")
-    pipeline = load(bundle, backend, threads, ctx_size, kv_cache, projector)
+    pipeline = load(bundle, backend, threads, ctx_size, kv_cache, projector, tower)
     if not quiet and not json_output:
         print_note(f"{pipeline.name} on {pipeline.engine.backend} ({reason(backend)})")
     videos = [pipeline.load_video(source, frames, fps) for source in request.videos]

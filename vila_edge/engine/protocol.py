@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vila_edge.sampler import Sampling
 
 FloatArray = NDArray[np.float32]
 
@@ -77,5 +79,22 @@ class Engine(Encoder, Protocol):
         Prefill and decode are this one call with S > 1 and S = 1. `logits_to_keep` counts within the new
         positions, negative from their end. Raises ContextError if the cache has no room for the new positions,
         UsageError if there are none, or if logits of another are asked for.
+        """
+        ...
+
+
+@runtime_checkable
+class Generating(Protocol):
+    """What an engine can do that samples by itself: tokens come without their logits, and without waiting for the host."""
+
+    def generate(
+        self, token: int, cache: Any, sampling: Sampling, seed: int, stops: Sequence[int] = ()
+    ) -> Generator[int, None, None]:
+        """Put `token` behind what `cache` holds and yield the next one, again and again.
+
+        It ends behind one of `stops`, or when the cache is full; whoever wants less takes no more. Whenever it yields,
+        the cache holds all tokens but the one that was yielded. At temperature 0 tokens are those that `forward` and a
+        `Sampler` give; else they are drawn by a generator of the engine's own, from `seed` and the position.
+        Raises VilaEdgeError if the logits are not finite.
         """
         ...

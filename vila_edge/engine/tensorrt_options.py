@@ -19,6 +19,7 @@ KVChoice = Literal["auto", "scatter", "append"]
 RuntimeChoice = Literal["auto", "tensorrt", "tensorrt_rtx"]
 ProjectorForm = Literal["graph", "plugin"]
 ProjectorChoice = Literal["engine", "kernel"]
+TowerChoice = Literal["auto", "tensorrt", "onnxruntime"]  # who runs it beside our own kernels
 
 COMPONENTS = ("vision_tower", "mm_projector", "decoder")
 MAX_KEPT = 16  # positions whose logits one call may ask for
@@ -26,6 +27,7 @@ SCATTER_SINCE = (10, 15)  # the first TensorRT that the scatter form builds with
 RUNTIMES: tuple[Runtime, ...] = ("tensorrt", "tensorrt_rtx")  # the first that is installed is taken
 RUNTIME_CHOICES: tuple[RuntimeChoice, ...] = ("auto", *RUNTIMES)
 PROJECTOR_CHOICES: tuple[ProjectorChoice, ...] = ("engine", "kernel")
+TOWER_CHOICES: tuple[TowerChoice, ...] = ("auto", "tensorrt", "onnxruntime")
 PROJECTOR_FORMS: tuple[ProjectorForm, ...] = ("graph", "plugin")
 KV_CHOICES: tuple[KVChoice, ...] = ("auto", "scatter", "append")
 
