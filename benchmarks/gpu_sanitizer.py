@@ -1,10 +1,10 @@
-"""NVIDIA's compute-sanitizer over every test of a kernel that runs on a GPU: memory, and races in shared memory.
+"""NVIDIA's compute-sanitizer over every test of a kernel or the cuda engine on a GPU: memory, races in shared memory.
 
     python benchmarks/gpu_sanitizer.py [--tool memcheck --tool racecheck] [PYTEST_ARGUMENT ...]
 
 It needs a GPU, PyCUDA and compute-sanitizer: from a CUDA toolkit, or `pip install nvidia-cuda-sanitizer-api-cu12`
-(`nvidia-cuda-sanitizer-api` for a driver of CUDA 13). Without arguments the tests are those of tests/kernels; any
-others go to pytest as they are: `-k gemv`. The exit code is 0 if no tool found anything and all tests passed.
+(`nvidia-cuda-sanitizer-api` for a driver of CUDA 13). Without arguments the tests are `TESTS`; any others go to pytest
+as they are: `tests/kernels -k gemv`. The exit code is 0 if no tool found anything and all tests passed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = "compute-sanitizer"
+TESTS = ["tests/kernels", "tests/test_engine_conformance.py", "tests/test_cuda_engine.py"]
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TOOLKIT = "/usr/local/cuda"  # where one is usually installed
 FOUND = 99  # exit code of the sanitizer when it found something
@@ -38,7 +39,7 @@ def main(
     sanitizer = find_sanitizer()
     if sanitizer is None:
         raise SystemExit(f"there is no {PROGRAM}: {INSTALL}")
-    done = {name: run(sanitizer, name, arguments or ["tests/kernels"]) for name in tools}
+    done = {name: run(sanitizer, name, arguments or TESTS) for name in tools}
     for name, code in done.items():
         print(f"{name}: {verdict(code)}")
     raise SystemExit(any(done.values()))

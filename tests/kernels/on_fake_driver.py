@@ -6,10 +6,12 @@ import ctypes
 import dataclasses
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.cuda_engines import bundle_of, open_gpu
 from tests.kernels.host import Compiled
 from tests.kernels.on_device import DeviceKernels, host_find
 from tests.kernels.test_bench_kernels import OPTIONS, TINY
@@ -21,6 +23,7 @@ from vila_edge.engine.cuda.pycuda_device import PycudaDevice
 from vila_edge.errors import BackendError
 from vila_edge.kernels import w4
 from vila_edge.kernels.epilogue import Epilogue
+from vila_edge.sampler import Sampling
 
 FAKE = ctypes.CDLL("libcuda.so.1")
 HELD = ("memory", "pinned", "streams", "events", "modules", "graphs", "contexts")
@@ -259,3 +262,19 @@ def test_two_sets_of_kernels_on_one_device(device: PycudaDevice, kernels: Device
     other.free()
     kernels.run(sums.launch())
     sums.check_once()
+
+
+def test_a_token_of_the_cuda_engine_asks_the_driver_for_one_launch(compiled: Compiled, tmp_path: Path) -> None:
+    """It allocates nothing and waits for nothing: all it does else is to ask whether the stream is done."""
+    bundle = bundle_of("llama", tmp_path)
+    with open_gpu(bundle, compiled, tmp_path) as engine:
+        cache = engine.new_cache(40)
+        engine.forward(engine.embed_tokens([5, 6, 7]), cache)
+        tokens = engine.generate(3, cache, Sampling(), 1)
+        next(tokens)
+        counters = ("graph launches", "waits", "allocations")
+        before = {name: FAKE.ve_fake_count(name.encode()) for name in counters}
+        for _ in range(20):
+            next(tokens)
+        spent = {name: FAKE.ve_fake_count(name.encode()) - count for name, count in before.items()}
+    assert spent == {"graph launches": 20, "waits": 0, "allocations": 0}

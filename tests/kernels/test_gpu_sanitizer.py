@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_sanitizer
-from benchmarks.gpu_sanitizer import FOUND, PROGRAM, ROOT, find_sanitizer
+from benchmarks.gpu_sanitizer import FOUND, PROGRAM, ROOT, TESTS, find_sanitizer
 
 SCRIPT = ROOT / "benchmarks" / "gpu_sanitizer.py"
 
@@ -33,7 +33,7 @@ def test_memory_and_races_are_looked_for_in_every_test_of_a_kernel(tmp_path: Pat
     program(tmp_path)
     done = sanitize(f"{tmp_path}:/usr/bin:/bin")
     assert (done.returncode, done.stdout) == (0, "memcheck: nothing found\nracecheck: nothing found\n")
-    pytest_on_gpu = f"{sys.executable} -m pytest -m gpu -q -p no:cacheprovider tests/kernels"
+    pytest_on_gpu = f"{sys.executable} -m pytest -m gpu -q -p no:cacheprovider {' '.join(TESTS)}"
     assert (tmp_path / "called").read_text().splitlines() == [
         f"--tool {tool} --error-exitcode {FOUND} --require-cuda-init yes {pytest_on_gpu}"
         for tool in ("memcheck", "racecheck")
