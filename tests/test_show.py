@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import cuda_engines
 from tests.test_cli import Done, in_process
 from tests.test_verify import LAYER, reseal, rewrite
 from tests.tiny import TINY
@@ -101,6 +103,18 @@ def test_contexts_are_planned_as_asked(tiny_bundle: Path, in_process: Callable[.
     for size in (-1, 129):
         with pytest.raises(UsageError, match=f"--ctx-size {size}: this model has 1 to 128"):
             describe(tiny_bundle, size)
+
+
+def test_our_own_kernels_are_planned_where_they_run(tmp_path: Path) -> None:
+    rows = describe(cuda_engines.bundle_of("llama", tmp_path, [1, 2, 3]).path)["memory"]
+    planned = {row["backend"]: row for row in rows if row["backend"].startswith("cuda")}
+    assert planned.keys() == {"cuda", "cuda, int8"}
+    assert planned["cuda"]["kv_cache"] == 2 * planned["cuda, int8"]["kv_cache"]
+    assert not planned["cuda"]["measured"]
+    others: dict[str, dict[str, Any]] = {"groups": {"group_size": 32}, "head": {"head": "fp16"}}
+    for name, how in others.items():
+        rows = describe(cuda_engines.bundle_of("llama", tmp_path / name, **how).path)["memory"]
+        assert not any(row["backend"].startswith("cuda") for row in rows)
 
 
 def test_it_says_what_fits_here(

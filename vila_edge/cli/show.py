@@ -46,6 +46,7 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes. Raises BundleError or UsageError."""
     from vila_edge.bundle import KV_SCALES_FILE, WEIGHTS, file_problems, read_manifest
     from vila_edge.caches import PREFILL_CHUNK
+    from vila_edge.engine.cuda_plan import cuda_plan, runs_on_kernels
     from vila_edge.engine.gpu_plan import gpu_plan
     from vila_edge.engine.plan import Backend, available_memory, largest_context, plan, tiles_at_once
     from vila_edge.inventory import take_inventory
@@ -82,6 +83,13 @@ def describe(bundle: Path, ctx_size: int = 0) -> dict[str, Any]:
         for backend in gpu
         for context in contexts
     ]
+    if runs_on_kernels(cfg, inventory.parts):
+        kernels: list[Backend] = ["cuda", "cuda, int8"]
+        if KV_SCALES_FILE not in manifest.files:
+            kernels.remove("cuda, int8")
+        plans += [
+            cuda_plan(cfg, inventory.parts, backend, context, tiles) for backend in kernels for context in contexts
+        ]
     available = available_memory()
     total = sum(entry.size for entry in manifest.files.values()) + (bundle / "manifest.json").stat().st_size
     ours = [memory for memory in plans if memory.backend == "onnxruntime"]

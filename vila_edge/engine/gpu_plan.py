@@ -41,7 +41,7 @@ def gpu_plan(
     prefill = _prefill(cfg, context, chunk)
     if backend != "tensorrt":  # products of many positions are with a weight in 16 bits, made for each
         prefill += HALF * max((part.numbers for part in parts.values() if part.group_size), default=0)
-    images = tiles * _tile(cfg, tower)
+    images = tiles * tile_bytes(cfg, tower)
     total = PROGRAM + weights + max(loading, kv_cache + max(prefill, images))
     terms = {"weights": weights, "loading": loading, "kv_cache": kv_cache, "prefill": prefill, "images": images}
     whole = {name: round(size) for name, size in (terms | {"total": total}).items()}
@@ -97,7 +97,7 @@ def _prefill(cfg: VilaConfig, context: int, chunk: int) -> int:
     return HALF * chunk * (between + 6 * llm.hidden_size) + FLOAT * MAX_KEPT * llm.vocab_size
 
 
-def _tile(cfg: VilaConfig, number: int) -> int:
+def tile_bytes(cfg: VilaConfig, number: int) -> int:
     """Of one block of the tower: scores twice, or the MLP; hidden states."""
     tower = cfg.vision_tower
     between = max(2 * tower.num_attention_heads * tower.num_features, 2 * tower.intermediate_size)

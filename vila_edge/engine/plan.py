@@ -20,7 +20,7 @@ from vila_edge.config import VilaConfig
 from vila_edge.inventory import Part
 from vila_edge.parameters import component
 
-Backend = Literal["onnxruntime", "onnxruntime, int8", "numpy", "tensorrt", "onnxruntime-cuda"]
+Backend = Literal["onnxruntime", "onnxruntime, int8", "numpy", "tensorrt", "onnxruntime-cuda", "cuda", "cuda, int8"]
 
 FLOAT = 4  # bytes
 PROGRAM = 100_000_000  # bytes: Python, numpy, onnxruntime and the command, with a model of next to no size
