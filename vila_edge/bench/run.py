@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from vila_edge.bench.agreement import compare_caches
 from vila_edge.bench.bandwidth import read_bandwidth
 from vila_edge.bench.cold import cold_start
 from vila_edge.bench.machine import machine, process_memory, versions
+from vila_edge.bench.percentiles import times
 from vila_edge.bench.stages import IMAGE_STAGES, Samples, measure
 from vila_edge.bench.traffic import kv_cache_bytes, parts_of, weight_bytes
 from vila_edge.bench.workload import Options, Workload, plan_workload
@@ -78,8 +77,8 @@ def _threads(pipeline: Pipeline, options: Options) -> int:
 
 
 def _stages(samples: Samples, work: Workload) -> dict[str, Any]:
-    images = {stage: _times(getattr(samples, stage)) for stage in IMAGE_STAGES if work.images}
-    prefill = _times(samples.prefill)
+    images = {stage: times(getattr(samples, stage)) for stage in IMAGE_STAGES if work.images}
+    prefill = times(samples.prefill)
     rate = {"tokens": work.prompt_tokens, "tokens_per_s": work.prompt_tokens / prefill["p50_ms"] * 1e3}
     return images | {"prefill": prefill | rate}
 
@@ -91,15 +90,15 @@ def _decode(bundle: Bundle, kind: str, samples: Samples, work: Workload, best: f
     """
     weights, rows = weight_bytes(bundle.config, parts_of(bundle)), []
     for context, found in samples.decode.items():
-        times = _times(found)
+        token = times(found)
         positions = context + (work.new_tokens + 1) / 2
         kv_cache = kv_cache_bytes(bundle.config, positions, kind)
-        read = (weights + kv_cache) / times["p50_ms"] * 1e3
+        read = (weights + kv_cache) / token["p50_ms"] * 1e3
         rows.append(
-            times
+            token
             | {
                 "context": context,
-                "tokens_per_s": 1e3 / times["p50_ms"],
+                "tokens_per_s": 1e3 / token["p50_ms"],
                 "weight_bytes": weights,
                 "kv_cache_bytes": kv_cache,
                 "bytes_per_token": weights + kv_cache,
@@ -129,9 +128,3 @@ def _memory(bundle: Bundle, options: Options, work: Workload, held: dict[str, in
         "kv_cache_positions": work.capacity,
         "planned": planned,
     }
-
-
-def _times(samples: Sequence[float]) -> dict[str, Any]:
-    """Percentiles, between samples where they fall there, and the samples."""
-    p50, p95 = np.percentile(samples, (50, 95))
-    return {"p50_ms": float(p50), "p95_ms": float(p95), "samples_ms": [round(sample, 4) for sample in samples]}

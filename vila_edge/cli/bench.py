@@ -1,4 +1,4 @@
-"""vila-edge bench BUNDLE; `bench kernels` and `bench predict` are in bench_kernels.py and bench_predict.py."""
+"""vila-edge bench BUNDLE; `bench kernels` and `bench decoder` are in files of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TABLE_WIDTH = 80  # what the widest table needs
 def bench(
     bundle: Annotated[Path, typer.Argument(help="Made by vila-edge export.")],
     backend: Annotated[
-        str, typer.Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt_rtx or numpy (slow reference).")
+        str, typer.Option(help="auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt_rtx, cuda or numpy.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads; all cores by default.")] = None,
     prompt_tokens: Annotated[
@@ -30,7 +30,7 @@ def bench(
     repeat: Annotated[int, typer.Option("-r", "--repeat", help="Times that each stage is measured.")] = 5,
     images: Annotated[int, typer.Option(help="Images of noise that are looked at; 0 leaves them out.")] = 1,
     warmup: Annotated[int, typer.Option(help="Times that each stage runs before.")] = 1,
-    kv_cache: Annotated[str, typer.Option(help="float32 or int8.")] = "float32",
+    kv_cache: Annotated[str, typer.Option(help="float32 (on a GPU it is float16) or int8.")] = "float32",
     projector: Annotated[
         str, typer.Option(help="With --backend tensorrt: its engine, or kernel: vila-edge's own.")
     ] = "engine",
@@ -40,8 +40,8 @@ def bench(
     """Measure a bundle on this machine: time of each stage, memory, and how near decode is to the memory's speed.
 
     Prompts are random tokens and images are noise: the time does not depend on what they say. Sampling is left out.
-    `bench kernels` measures the CUDA kernels alone, `bench predict` counts what a token would cost on them; a bundle
-    of such a name is ./kernels.
+    `bench kernels` measures the CUDA kernels alone, `bench decoder` a decoder of random weights on them; bundles of those
+    names are ./kernels and ./decoder.
     """
     from vila_edge import fsio
     from vila_edge.bench.report import headline, markdown, sheets

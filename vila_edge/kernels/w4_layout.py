@@ -56,6 +56,12 @@ class PackedW4(Packed):
     qzeros: NDArray[np.uint8]
 
 
+def shapes(rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """Of the arrays of a weight of so many packed rows and columns."""
+    tiles, groups = rows // TILE, (rows // TILE, columns // GROUP, TILE // 2, 2)
+    return {"qweight": (tiles, columns // CHUNK, 32, 4), "scales": groups, "qzeros": groups}
+
+
 def plain_order(rows: int) -> Order:
     """Rows as they are."""
     return _filled(np.arange(rows))

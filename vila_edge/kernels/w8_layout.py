@@ -18,6 +18,13 @@ class PackedW8(Packed):
     """The two arrays of a packed weight. Its columns count those that fill up the last group."""
 
 
+def shapes(rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    """Of the arrays of a weight of so many packed rows and columns."""
+    narrow = w4_layout.shapes(rows, columns)
+    tiles, chunks, *_ = narrow["qweight"]
+    return {"qweight": (tiles, chunks, 2, 32, 4), "scales": narrow["scales"]}
+
+
 def pack(weight: Int8) -> PackedW8:
     """A weight as a bundle stores it; its rows stay in order."""
     order = w4_layout.plain_order(len(weight.q))

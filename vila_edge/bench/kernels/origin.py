@@ -1,13 +1,40 @@
-"""Which code and which driver a measurement is of."""
+"""Which code, which GPU and which driver a measurement is of."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
+
+from vila_edge.bench.machine import machine, versions
+from vila_edge.engine.cuda.device import Device
+from vila_edge.engine.cuda.kernels import Kernels
+from vila_edge.kernels.manifest import manifest
 
 ROOT = Path(__file__).parents[3]
 DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def origin(device: Device, kernels: Kernels) -> dict[str, Any]:
+    """What a result begins with. `kernels`: those that ran, so that it is known where their code was from."""
+    return {
+        "commit": commit(),
+        "gpu": {
+            "name": device.name,
+            "compute_capability": ".".join(map(str, device.compute_capability)),
+            "multiprocessors": device.multiprocessors,
+            "l2_bytes": device.l2_bytes,
+            "memory_bytes": device.memory()[1],
+        },
+        "driver": {"version": driver_version(), "cuda": ".".join(map(str, device.driver))},
+        "toolkit": {
+            "nvrtc": manifest().toolchain.nvrtc,
+            "code": {file: image.why for file, image in sorted(kernels.images.items())},
+        },
+        "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def commit(root: Path = ROOT) -> str | None:

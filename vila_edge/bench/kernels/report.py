@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vila_edge.bench.kernels.targets import judge, torch_product, torch_projector
+from vila_edge.bench.kernels.targets import Judged, judge, torch_product, torch_projector
 from vila_edge.bench.report import DASH, Sheet, markdown_lines
 
 Row = dict[str, Any]
@@ -13,12 +13,13 @@ Row = dict[str, Any]
 
 def sheets(found: dict[str, Any]) -> list[Sheet]:
     """What people want to know of it."""
-    return [_bandwidth(found), _decode(found), _prefill(found), _projector(found), _other(found), _targets(found)]
+    kernels = (_decode(found), _prefill(found), _projector(found), _other(found))
+    return [bandwidth_sheet(found), *kernels, targets_sheet(judge(found))]
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The whole result as a document, but for the single samples."""
-    lines = [f"# Kernels on {found['gpu']['name']}", "", headline(found), "", *_code(found), ""]
+    lines = [f"# Kernels on {found['gpu']['name']}", "", headline(found), "", *code_lines(found), ""]
     return "\n".join([*lines, *markdown_lines(sheets(found))])
 
 
@@ -32,7 +33,8 @@ def headline(found: dict[str, Any]) -> str:
     )
 
 
-def _code(found: dict[str, Any]) -> list[str]:
+def code_lines(found: dict[str, Any]) -> list[str]:
+    """Where the code of each file was from."""
     return [f"* `{file}`: {why}" for file, why in found["toolkit"]["code"].items()]
 
 
@@ -49,7 +51,8 @@ def _defaults(found: dict[str, Any], group: str) -> Iterator[tuple[Row, str]]:
             yield row, f"{min(others):.2f}" if others else DASH
 
 
-def _bandwidth(found: dict[str, Any]) -> Sheet:
+def bandwidth_sheet(found: dict[str, Any]) -> Sheet:
+    """What everything is measured against."""
     bandwidth = found["bandwidth"]
     rows = [
         (
@@ -85,7 +88,7 @@ def _decode(found: dict[str, Any]) -> Sheet:
             )
         )
     columns = ("weight", "batch", "MB", "p50 us", "p95 us", "of copy", "of read", "of batch 1", "other tile")
-    return _beside_torch(found, "Decode: GEMV", columns, ("torch int4 us", "dequantise + library us"), rows)
+    return beside_torch(found, "Decode: GEMV", columns, ("torch int4 us", "dequantise + library us"), rows)
 
 
 def _prefill(found: dict[str, Any]) -> Sheet:
@@ -106,7 +109,7 @@ def _prefill(found: dict[str, Any]) -> Sheet:
         )
     columns = ("weight", "tokens", "p50 us", "p95 us", "TFLOP/s", "of library", "other tile")
     peers = ("library, 16 bits, us", "dequantise + library us", "torch int4 us")
-    return _beside_torch(found, "Prefill: GEMM", columns, peers, rows)
+    return beside_torch(found, "Prefill: GEMM", columns, peers, rows)
 
 
 def _projector(found: dict[str, Any]) -> Sheet:
@@ -129,10 +132,10 @@ def _projector(found: dict[str, Any]) -> Sheet:
         )
     columns = ("projector", "images", "launches", "p50 us", "p95 us", "weights, of copy", "TFLOP/s", "of library")
     peers = ("torch eager us", "torch in a graph us", "graph over ours")
-    return _beside_torch(found, "Projector", columns, peers, rows)
+    return beside_torch(found, "Projector", columns, peers, rows)
 
 
-def _beside_torch(
+def beside_torch(
     found: dict[str, Any], title: str, columns: tuple[str, ...], peers: tuple[str, ...], rows: list[tuple[str, ...]]
 ) -> Sheet:
     """The last columns are torch's; without it they would be empty."""
@@ -149,7 +152,8 @@ def _other(found: dict[str, Any]) -> Sheet:
     return Sheet("Between the products", ("kernel", "rows", "p50 us", "p95 us", "of copy"), rows)
 
 
-def _targets(found: dict[str, Any]) -> Sheet:
+def targets_sheet(judgement: Sequence[Judged]) -> Sheet:
+    """What was wanted, and what was found."""
     rows = [
         (
             judged.target + (f" ({judged.where})" if judged.where else ""),
@@ -157,7 +161,7 @@ def _targets(found: dict[str, Any]) -> Sheet:
             DASH if judged.found is None else f"{judged.found:.2f}",
             judged.verdict,
         )
-        for judged in judge(found)
+        for judged in judgement
     ]
     return Sheet("Targets, the worst of each", ("target", "wanted", "found", ""), rows)
 

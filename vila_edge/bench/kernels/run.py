@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -11,13 +11,11 @@ from vila_edge.bench.kernels.bandwidth import LEAST, best, measure_bandwidth
 from vila_edge.bench.kernels.cases import Case, Workload, workloads
 from vila_edge.bench.kernels.clock import LEAST_US, Clock, Work
 from vila_edge.bench.kernels.memory import Sets, sets_for
-from vila_edge.bench.kernels.origin import commit, driver_version
+from vila_edge.bench.kernels.origin import origin
 from vila_edge.bench.kernels.shapes import Shapes
-from vila_edge.bench.machine import machine, versions
 from vila_edge.engine.cuda.device import Device, PreparedLaunch, Stream
 from vila_edge.engine.cuda.kernels import Find, Kernels
 from vila_edge.kernels import store
-from vila_edge.kernels.manifest import manifest
 
 FORMAT = 1
 
@@ -53,10 +51,10 @@ def bench_kernels(
         rows = list[dict[str, Any]]()
         for workload in workloads(shapes, device.multiprocessors):
             progress(workload.name)
-            rows += _measure(workload, device, kernels, clock)
+            rows += measure(workload, device, kernels, clock)
         progress("bandwidth, again")
         again = measure_bandwidth(device, kernels, clock, options.bandwidth_bytes)
-        code = {file: image.why for file, image in sorted(kernels.images.items())}
+        found_on = origin(device, kernels)
     finally:
         clock.free()
         kernels.free()
@@ -66,18 +64,7 @@ def bench_kernels(
     return {
         "format": FORMAT,
         "date": date,
-        "commit": commit(),
-        "gpu": {
-            "name": device.name,
-            "compute_capability": ".".join(map(str, device.compute_capability)),
-            "multiprocessors": device.multiprocessors,
-            "l2_bytes": device.l2_bytes,
-            "memory_bytes": device.memory()[1],
-        },
-        "driver": {"version": driver_version(), "cuda": ".".join(map(str, device.driver))},
-        "toolkit": {"nvrtc": manifest().toolchain.nvrtc, "code": code},
-        "machine": machine(),
-        "versions": versions(),
+        **found_on,
         "options": asdict(options),
         "bandwidth": {"copy": copy, "read": read, "before": bandwidth, "after": again},
         "kernels": rows,
@@ -85,7 +72,8 @@ def bench_kernels(
     }
 
 
-def _measure(workload: Workload, device: Device, kernels: Kernels, clock: Clock) -> Iterable[dict[str, Any]]:
+def measure(workload: Workload, device: Device, kernels: Kernels, clock: Clock) -> list[dict[str, Any]]:
+    """A row for each of its cases. Raises BackendError."""
     count = sets_for(workload.nbytes, device.l2_bytes)
     memory = Sets(device, workload.rotated, workload.shared, count, clock.stream)
     try:

@@ -37,19 +37,21 @@ def judge(result: dict[str, Any]) -> list[Judged]:
     decode = [row for row in rows if row["group"] == "decode"]
     ones = [row for row in decode if row["rows"] == 1]
     return [
-        _least("GEMV of 60 MB or more, batch 1, of the copy bandwidth", 0.80, _copies(ones, LARGE, float("inf"))),
-        _least("GEMV of 9 to 60 MB, batch 1, of the copy bandwidth", 0.45, _copies(ones, SMALL, LARGE)),
-        _most("GEMV, batch 8 over batch 1", 1.25, _batches(decode)),
-        _most("GEMM of 1024 tokens or more, over dequantise + library", 1.0, _dequantised(rows, result["torch"])),
-        _least("projector, unfused in a graph over fused", 1.3, _projectors(rows, result["torch"])),
+        least("GEMV of 60 MB or more, batch 1, of the copy bandwidth", 0.80, _copies(ones, LARGE, float("inf"))),
+        least("GEMV of 9 to 60 MB, batch 1, of the copy bandwidth", 0.45, _copies(ones, SMALL, LARGE)),
+        most("GEMV, batch 8 over batch 1", 1.25, _batches(decode)),
+        most("GEMM of 1024 tokens or more, over dequantise + library", 1.0, _dequantised(rows, result["torch"])),
+        least("projector, unfused in a graph over fused", 1.3, _projectors(rows, result["torch"])),
     ]
 
 
-def _least(target: str, limit: float, found: Iterable[Found]) -> Judged:
+def least(target: str, limit: float, found: Iterable[Found]) -> Judged:
+    """Whether the smallest ratio is at least `limit`."""
     return _judged(target, "at least", limit, found, min)
 
 
-def _most(target: str, limit: float, found: Iterable[Found]) -> Judged:
+def most(target: str, limit: float, found: Iterable[Found]) -> Judged:
+    """Whether the largest ratio is at most `limit`."""
     return _judged(target, "at most", limit, found, max)
 
 
@@ -65,8 +67,8 @@ def _judged(
     return Judged(target, sense, limit, ratio, where)
 
 
-def _copies(rows: list[Row], least: float, below: float) -> list[Found]:
-    return [(row["of_copy_bandwidth"], row["name"]) for row in rows if least <= row["bytes"] < below]
+def _copies(rows: list[Row], from_: float, below: float) -> list[Found]:
+    return [(row["of_copy_bandwidth"], row["name"]) for row in rows if from_ <= row["bytes"] < below]
 
 
 def _batches(rows: list[Row]) -> list[Found]:

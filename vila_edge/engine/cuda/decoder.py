@@ -18,7 +18,7 @@ from vila_edge.config import LlmConfig
 from vila_edge.engine.cuda.device import Arena, Device, Graph, Staging, Stream
 from vila_edge.engine.cuda.kernels import Kernels
 from vila_edge.engine.cuda.kv_cache import CachePool, CudaCache
-from vila_edge.engine.cuda.packed_weights import PackedWeights
+from vila_edge.engine.cuda.packed_weights import DecoderWeights
 from vila_edge.engine.cuda.upload import Upload
 from vila_edge.errors import BackendError
 from vila_edge.kernels import attention, elementwise, sampling
@@ -40,7 +40,7 @@ class Decoder:
 
     def __init__(
         self,
-        packed: PackedWeights,
+        packed: DecoderWeights,
         device: Device,
         stream: Stream,
         kernels: Kernels,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from vila_edge import fsio, kv_scales
 from vila_edge.bundle import KV_SCALES_FILE, WEIGHTS, Bundle
@@ -20,6 +21,17 @@ from vila_edge.stored import StoredParameters
 from vila_edge.tensorfile import TensorFile, write_tensors
 
 REST = "rest"  # the part that is no block
+
+
+class DecoderWeights(Protocol):
+    """Arrays of `kernels.decoder_weights`, wherever they are from."""
+
+    @property
+    def layout(self) -> DecoderLayout: ...
+
+    def __iter__(self) -> Iterator[tuple[str, Arrays]]:
+        """Each part with its arrays: `layers.0`, ..., `REST`. Raises BackendError."""
+        ...
 
 
 class PackedWeights:

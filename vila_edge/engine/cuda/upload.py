@@ -28,6 +28,11 @@ class Upload:
 
     def __call__(self, address: int, array: NDArray[Any]) -> None:
         """An array to an address; it is there when this returns. Raises BackendError."""
+        if not array.flags.c_contiguous and array.nbytes > PIECE and len(array) > 1:  # not copied as a whole
+            first, second = array[: len(array) // 2], array[len(array) // 2 :]
+            self(address, first)
+            self(address + first.nbytes, second)
+            return
         content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         for start in range(0, content.nbytes, PIECE):
             piece = content[start : start + PIECE]
