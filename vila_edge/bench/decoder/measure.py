@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vila_edge.bench.decoder.options import WARM, Options
+from vila_edge.bench.decoder.options import Options
 from vila_edge.bench.percentiles import times
 from vila_edge.engine.cuda.decode_loop import AHEAD, DecodeLoop, Running
 from vila_edge.engine.cuda.decoder import Decoder, attention_shape
@@ -66,7 +66,7 @@ class Measured:
         self._fill(caches, context)
         rounds = [(self._wall(caches, context), self._gpu(caches, context)) for _ in range(1 + self._options.repeat)]
         walls, gpus = zip(*rounds[1:], strict=True)
-        positions = context + WARM + (new + 1) / 2  # that a step attends over, in the mean of those timed
+        positions = context + self._options.warm + (new + 1) / 2  # that a step attends over, in the mean of those timed
         found = times(walls)
         layers = self._decoder.llm.num_hidden_layers
         return {
@@ -91,7 +91,7 @@ class Measured:
         """The same graphs back to back, without the host."""
         self._begin(caches, context)
         new = self._options.new_tokens
-        graph = self._decoder.graph(len(caches), context + WARM + AHEAD + new, "greedy")
+        graph = self._decoder.graph(len(caches), context + self._options.warm + AHEAD + new, "greedy")
         with contextlib.ExitStack() as events:
             first, last = self._device.event(), self._device.event()
             events.callback(first.free)
@@ -108,7 +108,7 @@ class Measured:
         for cache in caches:
             cache.truncate(context)
         steps = self._steps(caches, 0)
-        for _ in range(WARM):
+        for _ in range(self._options.warm):
             next(steps)
         return steps
 

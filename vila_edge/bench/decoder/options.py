@@ -19,13 +19,13 @@ BATCHES = (1, 8)
 KV_CACHES: tuple[KvCache, ...] = get_args(KvCache)
 PROMPT_TOKENS = 1024
 SHORTEST = 2  # positions of a prefill: one alone is a step
-WARM = 8  # steps before those that are timed: then the host is ahead, and the GPU never waits
 
 
 @dataclass(frozen=True)
 class Options:
     """Decode is `new_tokens` steps behind each of `contexts`, for each of `batches`; all is measured `repeat` times.
 
+    `warm` steps go before those that are timed: then the host is ahead, and the GPU never waits.
     The projector and the memory are measured as in `bench kernels`, with `kernels_repeat`, `least_us`, `bandwidth_bytes`.
     """
 
@@ -33,6 +33,7 @@ class Options:
     batches: Sequence[int] = BATCHES
     kv_caches: Sequence[KvCache] = KV_CACHES
     prompt_tokens: int = PROMPT_TOKENS
+    warm: int = 8
     new_tokens: int = 64
     repeat: int = 5
     kernels_repeat: int = 20
@@ -42,7 +43,7 @@ class Options:
     @property
     def room(self) -> int:
         """Positions that a kv_cache has behind a context: for all steps that are taken, and those launched ahead."""
-        return WARM + self.new_tokens + AHEAD + 1
+        return self.warm + self.new_tokens + AHEAD + 1
 
     @property
     def longest(self) -> int:
