@@ -9,22 +9,17 @@ Run this from the repository. `gpu_peers/torch_gpu.py` says what torch is asked 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.gpu_peers.processes import run_ours, run_peer
 from vila_edge import fsio
 from vila_edge.bench.kernels.report import headline, markdown, sheets
 from vila_edge.cli.bench_kernels import TABLE_WIDTH
 from vila_edge.cli.results import check_results, print_sheets
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(
@@ -47,28 +42,13 @@ def main(
 
 def ours(models: list[str], repeat: int) -> dict[str, Any]:
     """What `vila-edge bench kernels` writes. Raises SystemExit with its exit code if it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernels.json"
-        chosen = [part for name in models for part in ("--model", name)]
-        command = [sys.executable, "-m", "vila_edge", "bench", "kernels", "--repeat", str(repeat), *chosen]
-        done = subprocess.run([*command, "--json", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise SystemExit(done.returncode)
-        return dict(json.loads(file.read_text()))
+    chosen = [part for name in models for part in ("--model", name)]
+    return run_ours(["bench", "kernels", "--repeat", str(repeat), *chosen])
 
 
 def beside(python: str, models: list[str], repeat: int) -> dict[str, Any]:
     """What torch measures, or `absent` and why."""
-    job = json.dumps({"models": models, "repeat": repeat})
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [python, "-m", "benchmarks.gpu_peers.torch_gpu", job]
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    except OSError as error:
-        return {"absent": str(error)}
-    if done.returncode:
-        return {"absent": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    return dict(json.loads(done.stdout))
+    return run_peer(python, "benchmarks.gpu_peers.torch_gpu", {"models": models, "repeat": repeat})
 
 
 if __name__ == "__main__":

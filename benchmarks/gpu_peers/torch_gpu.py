@@ -39,9 +39,9 @@ class Clock(Protocol):
 
 
 def dequantise(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """[n, k/2] bytes, the first input in the low half, with scales and zero points [n, k/128] to float16 [n, k]."""
+    """[n, k/2] bytes, the first input in the low half, with scales and zero points [n, k/128] to weights [n, k] of the scales' type."""
     q = torch.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1, GROUP)
-    return ((q.half() - zeros[..., None]) * scales[..., None]).reshape(len(packed), -1)
+    return ((q.to(scales.dtype) - zeros[..., None]) * scales[..., None]).reshape(len(packed), -1)
 
 
 class Weights:
@@ -128,6 +128,10 @@ def matmul_rate(clock: Clock, device: str, size: int = LARGE) -> float:
     return 2 * size**3 / clock.graph([lambda: a @ b]) * 1e6
 
 
+def compile_every_shape() -> None:
+    torch._dynamo.config.recompile_limit = 256  # a kernel for each shape, and no fall back behind the eighth
+
+
 def compiled_dequantise(device: str) -> tuple[Dequantise, str]:
     """`dequantise` as one kernel, and by what; as it is where torch cannot compile."""
     one = torch.compile(dequantise, dynamic=False)
@@ -159,7 +163,7 @@ def measure(shapes: Shapes, clock: Clock, dequantised: Dequantise, l2_bytes: int
 def main(job: dict[str, Any]) -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"absent": f"torch {torch.__version__} finds no GPU"}
-    torch._dynamo.config.recompile_limit = 256  # a kernel for each shape, and no fall back behind the eighth
+    compile_every_shape()
     device, clock = "cuda", CudaClock(job["repeat"])
     dequantised, by = compiled_dequantise(device)
     rate = matmul_rate(clock, device)
