@@ -176,14 +176,16 @@ def test_an_answer_is_what_the_model_says_greedily(tiny_bundle: Path, pipeline: 
     assert ids == [int(row.argmax()) for row in logits]
     reply = pipeline.generate(agreement.QUESTION, noise_images(1), Sampling(temperature=0, max_new_tokens=len(ids)))
     assert ids[: len(reply.token_ids)] == reply.token_ids
-    found = agreement.compare_caches(tiny_bundle, OPTIONS, pipeline)  # with itself
+    found = agreement.compare(agreement.wider_answer(tiny_bundle, OPTIONS), OPTIONS, pipeline)  # with itself
     assert found["top1_agreement"] == 1
     assert found["mean_kl"] == pytest.approx(0, abs=1e-9)
 
 
-def test_an_answer_to_compare_with_that_fails_is_said(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match=r"to compare with, was not given: .*no such directory"):
-        agreement.compare_caches(tmp_path / "nowhere", OPTIONS, pipeline)
+def test_an_answer_to_compare_with_that_fails_is_said(tmp_path: Path) -> None:
+    for backend, bits in (("auto", 32), ("cuda", 16)):
+        options = dataclasses.replace(OPTIONS, backend=backend)
+        with pytest.raises(BackendError, match=rf"{bits} bits, to compare with, was not given: .*no such directory"):
+            agreement.wider_answer(tmp_path / "nowhere", options)
 
 
 def test_the_defaults_are_as_long_as_the_model_allows(tiny_bundle: Path) -> None:

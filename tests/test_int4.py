@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vila_edge import int4
+from vila_edge import int4, int8
 from vila_edge.export.grid import Grid
 from vila_edge.export.workers import workers
 
@@ -27,6 +27,14 @@ def test_stored_tensors_are_the_weight_that_was_quantised(groups: int) -> None:
     assert tensors["linear.scales"].dtype == np.float16
     read = int4.from_tensors("linear", tensors)
     np.testing.assert_array_equal(read.dequantize(), weight.dequantize())
+
+
+def test_no_rows_are_an_empty_weight() -> None:
+    """As of an embedding table that is stored in integers, when no token is looked up."""
+    tensors = {name: part[:0] for name, part in int4.to_tensors("linear", int4.quantize(np.ones((3, 64)), 32)).items()}
+    assert int4.from_tensors("linear", tensors).dequantize().shape == (0, 64)
+    wide = int8.quantize(np.ones((3, 200)))
+    assert int8.Int8(wide.q[:0], wide.scales[:0]).dequantize(200).shape == (0, 200)
 
 
 def test_rounding_is_within_half_a_step_of_each_group() -> None:

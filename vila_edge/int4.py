@@ -35,8 +35,8 @@ class Int4:
     def dequantize(self) -> NDArray[np.float32]:
         """The weight [N, K] that the integers stand for."""
         rows, groups = self.scales.shape
-        q = self.q.reshape(rows, groups, -1).astype(np.float32) - self.zeros[..., None]
-        return (q * self.scales.astype(np.float32)[..., None]).reshape(rows, -1)
+        q = self.q.reshape(rows, groups, self.q.shape[1] // groups).astype(np.float32) - self.zeros[..., None]
+        return (q * self.scales.astype(np.float32)[..., None]).reshape(self.q.shape)
 
 
 def quantize(weight: NDArray[Any], group_size: int, symmetric: bool = False) -> Int4:
@@ -69,7 +69,7 @@ def pack(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def unpack(packed: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
     """The inverse of `pack`: bytes [N, ceil(M/2)] to integers [N, M = columns]."""
     values = np.stack([packed & 0xF, packed >> 4], -1)
-    return values.reshape(len(packed), -1)[:, :columns]
+    return values.reshape(len(packed), 2 * packed.shape[1])[:, :columns]
 
 
 def part_names(name: str, symmetric: bool = False) -> tuple[str, ...]:

@@ -33,8 +33,8 @@ class Int8:
     def dequantize(self, columns: int) -> NDArray[np.float32]:
         """The weight [N, K = columns] that the integers stand for."""
         rows, groups = self.scales.shape
-        q = self.q.reshape(rows, groups, -1).astype(np.float32) - MIDDLE
-        return (q * self.scales.astype(np.float32)[..., None]).reshape(rows, -1)[:, :columns]
+        q = self.q.reshape(rows, groups, GROUP_SIZE).astype(np.float32) - MIDDLE
+        return (q * self.scales.astype(np.float32)[..., None]).reshape(self.q.shape)[:, :columns]
 
 
 def quantize(weight: NDArray[Any]) -> Int8:

@@ -16,6 +16,9 @@ from tests.kernels.host import Compiled
 from tests.kernels.on_device import DeviceKernels, host_find
 from tests.kernels.test_bench_kernels import OPTIONS, TINY
 from tests.kernels.test_device_kernels import N, Sums, compute_in_a_graph, on_host
+from tests.test_bench_decoder import OPTIONS as SMALL
+from tests.test_bench_decoder import TINY as DECODER
+from vila_edge.bench.decoder.run import bench_decoder
 from vila_edge.bench.kernels import run
 from vila_edge.engine.cuda import open_device
 from vila_edge.engine.cuda.kernels import Kernels
@@ -254,6 +257,17 @@ def test_kernels_are_measured(device: PycudaDevice, compiled: Compiled) -> None:
     assert held() == before
     assert {row["group"] for row in found["kernels"]} == {"decode", "prefill", "projector", "other"}
     assert all(row["p50_us"] > 0 and row["of_copy_bandwidth"] > 0 for row in found["kernels"])
+
+
+def test_a_decoder_is_measured(device: PycudaDevice, compiled: Compiled) -> None:
+    """All of `vila-edge bench decoder` on a small model."""
+    case = dataclasses.replace(SMALL, contexts=(8,), batches=(2,), kv_caches=("int8",))
+    before = held()
+    found = bench_decoder(device, [DECODER], case, find=host_find(compiled))
+    assert held() == before
+    (row,) = found["models"]
+    (step,) = row["decode"]
+    assert min(step["p50_ms"], step["gpu"]["p50_ms"], step["of_copy_bandwidth"], row["prefill"][0]["p50_ms"]) > 0
 
 
 def test_two_sets_of_kernels_on_one_device(device: PycudaDevice, kernels: DeviceKernels) -> None:

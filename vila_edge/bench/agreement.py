@@ -1,6 +1,8 @@
-"""What a kv_cache in 8 bits costs: the model answers with one in 32 bits, and is then asked how it would have gone on.
+"""What a kv_cache in 8 bits costs: the model answers with a wider one, and is then asked how it would have gone on.
 
-    python -m vila_edge.bench.agreement REQUEST FILE      the answer with a kv_cache in 32 bits, as .npz
+    python -m vila_edge.bench.agreement REQUEST FILE      the answer with the wider kv_cache, as .npz
+
+The wider one is that of the same device: 32 bits on a CPU, 16 on a GPU.
 
 The question is about an image of noise, if any is to be looked at, and the answer goes on behind its end: what counts
 is that the model wrote it. The two engines are never in memory together.
@@ -12,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +30,48 @@ from vila_edge.visual import splice
 
 QUESTION = "What is in the image?"
 POSITIONS = 128  # of the answer
+WIDE = {True: "float32", False: "float16"}  # by whether it is on a CPU
 
 FloatArray = NDArray[np.float32]
 
 
-def compare_caches(bundle: Path, options: Options, pipeline: Pipeline) -> dict[str, Any]:
-    """How `pipeline` goes on with the answer that a kv_cache in 32 bits gave, position by position.
+@dataclass(frozen=True)
+class Answer:
+    """Tokens of a greedy answer, and the logits [N, V] from which each was chosen."""
 
-    `top1_agreement`: how often its most likely token is the same; `mean_kl`: divergence in nats. Raises BackendError.
-    """
-    images = min(1, options.images)
+    ids: list[int]
+    logits: FloatArray
+
+
+def wider_answer(bundle: Path, options: Options) -> Answer:
+    """With the wider kv_cache, in a process of its own: before the narrow one is loaded, so neither has to find room
+    beside the other. Raises BackendError."""
     with tempfile.TemporaryDirectory(prefix="vila-edge-bench-") as folder:
         file = Path(folder) / "answer.npz"
-        request = {"bundle": str(bundle), "threads": options.threads, "images": images}
+        backend = "onnxruntime" if options.on_cpu else options.backend
+        request = {"bundle": str(bundle), "backend": backend, "threads": options.threads, "images": _images(options)}
         done = subprocess.run(
             [sys.executable, "-m", __name__, json.dumps(request), str(file)], capture_output=True, text=True
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise BackendError(f"the answer with a kv_cache in 32 bits, to compare with, was not given: {reason}")
+            wide = WIDE[options.on_cpu].removeprefix("float")
+            raise BackendError(f"the answer with a kv_cache in {wide} bits, to compare with, was not given: {reason}")
         with np.load(file, allow_pickle=False) as found:
-            ids, want = found["ids"], found["logits"]
-    _, got = answer(pipeline, images, [int(token) for token in ids])
-    p, q = _log_softmax(want), _log_softmax(got)
+            return Answer([int(token) for token in found["ids"]], found["logits"])
+
+
+def compare(wide: Answer, options: Options, pipeline: Pipeline) -> dict[str, Any]:
+    """How `pipeline` goes on with the answer that a wider kv_cache gave, position by position.
+
+    `top1_agreement`: how often its most likely token is the same; `mean_kl`: divergence in nats; `against`: the wider
+    kv_cache.
+    """
+    _, got = answer(pipeline, _images(options), wide.ids)
+    p, q = _log_softmax(wide.logits), _log_softmax(got)
     return {
-        "positions": len(want),
+        "against": WIDE[options.on_cpu],
+        "positions": len(wide.ids),
         "top1_agreement": float((p.argmax(-1) == q.argmax(-1)).mean()),
         "mean_kl": float((np.exp(p) * (p - q)).sum(-1).mean()),
     }
@@ -75,6 +95,10 @@ def answer(pipeline: Pipeline, images: int, ids: list[int] | None = None) -> tup
     return chosen, np.stack(logits)
 
 
+def _images(options: Options) -> int:
+    return min(1, options.images)
+
+
 def _log_softmax(logits: FloatArray) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     found: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
@@ -83,7 +107,7 @@ def _log_softmax(logits: FloatArray) -> NDArray[np.float64]:
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    pipeline = load(request["bundle"], "onnxruntime", request["threads"])
+    pipeline = load(request["bundle"], request["backend"], request["threads"])
     ids, logits = answer(pipeline, request["images"])
     np.savez(sys.argv[2], ids=np.asarray(ids), logits=logits)
 

@@ -100,9 +100,8 @@ def _agreement(found: dict[str, Any]) -> Sheet:
         ("same most likely token", f"{agreement['top1_agreement']:.1%}"),
         ("KL divergence, nats", f"{agreement['mean_kl']:.2g}"),
     ]
-    title = (
-        f"kv_cache in {found['options']['kv_cache']} against float32, {agreement['positions']} positions of an answer"
-    )
+    kinds = f"{found['options']['kv_cache']} against {agreement['against']}"
+    title = f"kv_cache in {kinds}, {agreement['positions']} positions of an answer"
     return Sheet(title, ("", "value"), rows)
 
 

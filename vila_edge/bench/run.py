@@ -8,9 +8,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from vila_edge.bench.agreement import compare_caches
+from vila_edge.backends import CUDA
+from vila_edge.bench.agreement import compare, wider_answer
 from vila_edge.bench.bandwidth import read_bandwidth
 from vila_edge.bench.cold import cold_start
+from vila_edge.bench.gpu import gpu_read_bandwidth
 from vila_edge.bench.machine import machine, process_memory, versions
 from vila_edge.bench.percentiles import times
 from vila_edge.bench.stages import IMAGE_STAGES, Samples, measure
@@ -38,20 +40,30 @@ def bench(bundle: Path, options: Options | None = None, progress: Progress = lam
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     progress("a fresh process")
     cold = cold_start(bundle, options, work)  # before the model is loaded here: there may be room for one alone
+    wide = None
+    if options.kv_cache != "float32":
+        progress("an answer with a wider kv_cache")
+        wide = wider_answer(bundle, options)
+    on_gpu, bandwidth = options.backend == CUDA, list[float]()
+    if on_gpu:
+        progress("reading memory of the GPU")
+        bandwidth = gpu_read_bandwidth()
     progress("loading")
     pipeline = load(bundle, options.backend, options.threads, kv_cache=options.kv_cache, projector=options.projector)
     threads = _threads(pipeline, options)
-    progress("reading memory")
-    bandwidth = read_bandwidth(threads)
+    if not on_gpu:
+        progress("reading memory")
+        bandwidth = read_bandwidth(threads)
     progress("stages")
     samples = measure(pipeline, work)
     memory = process_memory()
-    progress("reading memory")
-    bandwidth += read_bandwidth(threads)
+    if not on_gpu:
+        progress("reading memory")
+        bandwidth += read_bandwidth(threads)
     agreement = None
-    if options.kv_cache != "float32":
-        progress("an answer with a kv_cache in 32 bits")
-        agreement = compare_caches(bundle, options, pipeline)
+    if wide:
+        progress("the same answer with a kv_cache in 8 bits")
+        agreement = compare(wide, options, pipeline)
     best = max(bandwidth)
     return {
         "date": date,
@@ -63,11 +75,16 @@ def bench(bundle: Path, options: Options | None = None, progress: Progress = lam
         "options": dataclasses.asdict(options),
         "workload": dataclasses.asdict(work),
         "stages": _stages(samples, work),
-        "decode": _decode(opened, _kv_type(options), samples, work, best if options.on_cpu else None),
+        "decode": _decode(opened, _kv_type(options), samples, work, best if options.on_cpu or on_gpu else None),
         "cold_start": cold,
         "agreement": agreement,
         "memory": _memory(opened, options, work, memory),
-        "read_bandwidth": {"bytes_per_s": best, "threads": threads, "samples": bandwidth},
+        "read_bandwidth": {
+            "of": "GPU" if on_gpu else "CPU",
+            "bytes_per_s": best,
+            "threads": None if on_gpu else threads,
+            "samples": bandwidth,
+        },
     }
 
 
@@ -86,7 +103,7 @@ def _stages(samples: Samples, work: Workload) -> dict[str, Any]:
 def _decode(bundle: Bundle, kind: str, samples: Samples, work: Workload, best: float | None) -> list[dict[str, Any]]:
     """A row for each context. `kv_cache_bytes` are those of the positions that a token reads, in the mean.
 
-    `best`: bytes a second that the CPU reads from memory at most; None if the engine is on another device.
+    `best`: bytes a second that the engine's device reads from memory at most; None if that was not measured.
     """
     weights, rows = weight_bytes(bundle.config, parts_of(bundle)), []
     for context, found in samples.decode.items():
@@ -111,7 +128,7 @@ def _decode(bundle: Bundle, kind: str, samples: Samples, work: Workload, best: f
 
 def _kv_type(options: Options) -> str:
     """What the engine keeps keys and values in."""
-    return options.kv_cache if options.on_cpu else "float16"
+    return options.kv_cache if options.on_cpu or options.kv_cache == "int8" else "float16"
 
 
 def _memory(bundle: Bundle, options: Options, work: Workload, held: dict[str, int] | None) -> dict[str, Any]:

@@ -39,7 +39,8 @@ def bench(
 ) -> None:
     """Measure a bundle on this machine: time of each stage, memory, and how near decode is to the memory's speed.
 
-    Prompts are random tokens and images are noise: the time does not depend on what they say. Sampling is left out.
+    Prompts are random tokens and images are noise: the time does not depend on what they say. Sampling is left out,
+    except with cuda, whose GPU samples in each step.
     `bench kernels` measures the CUDA kernels alone, `bench decoder` a decoder of random weights on them; bundles of those
     names are ./kernels and ./decoder.
     """
