@@ -1,4 +1,4 @@
-"""`vila-edge bench decoder`: its weights are packed as a bundle's, what it launches computes, its numbers are the clock's."""
+"""`vila-edge bench decoder`: weights are packed as a bundle's, what is launched computes, numbers are the clock's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from vila_edge.bench.decoder.run import bench_decoder
 from vila_edge.bench.decoder.shapes import MODELS, DecoderModel
 from vila_edge.bench.decoder.targets import judge
 from vila_edge.bench.decoder.weights import RandomWeights, step_bytes
-from vila_edge.bench.kernels.shapes import Projection
+from vila_edge.bench.kernels.shapes import Model, Projection
+from vila_edge.bench.token_cost import Decode, decode_cost
 from vila_edge.engine.cuda.packed_weights import PackedWeights
 from vila_edge.engine.cuda.upload import PIECE, Upload
 from vila_edge.errors import BackendError, UsageError
@@ -108,6 +109,16 @@ def test_a_steps_bytes_are_those_of_what_it_reads() -> None:
     assert packed == LAYERS * (256 + 128 + 256 + 128)  # each group of 128 has one
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_steps_bytes_are_those_that_a_prediction_counts(batch: int) -> None:
+    """But for biases, which it leaves out."""
+    for model in MODELS:
+        counted = decode_cost(Model.of(model.name, model.llm), Decode(batch=batch)).bytes
+        weights = sum(size for part, size in counted.items() if part.endswith(("weights", "norms")))
+        biases = 4 * model.llm.qkv_bias * Model.of(model.name, model.llm).products[0].n * model.llm.num_hidden_layers
+        assert step_bytes(RandomWeights(model.llm), batch) == weights + biases
+
+
 def test_a_window_is_uploaded_as_it_is(device: FakeDevice) -> None:
     page = np.arange(PIECE // 4 + 3000, dtype=np.int32)
     window = np.lib.stride_tricks.as_strided(page, (3000, PIECE // 2000), (4, 4))
@@ -157,8 +168,8 @@ def test_a_step_is_held_against_the_memory_of_the_same_run(found: dict[str, Any]
 def test_a_prefill_is_timed_with_the_step_behind_it(found: dict[str, Any]) -> None:
     for row in found["models"]:
         assert [prefill["tokens"] for prefill in row["prefill"]] == [4, 12], "those of an image, and the prompt"
-        for prefill in row["prefill"]:
-            assert prefill["p50_ms"] == pytest.approx((8 * LAYERS * 10 + 4 + 10) / 1e3), "blocks, a copy, lm_head"
+        for prefill, launches in zip(row["prefill"], (6, 8), strict=True):
+            assert prefill["p50_ms"] == pytest.approx((launches * LAYERS * 10 + 4 + 10) / 1e3), "a copy, and lm_head"
             assert prefill["tokens_per_s"] == pytest.approx(prefill["tokens"] / prefill["p50_ms"] * 1e3)
             assert prefill["first_step"]["p50_ms"] == pytest.approx(STEP * 10e-3)
         assert row["projector"]["p50"] == pytest.approx(20e-3) and row["projector"]["tokens"] == 4

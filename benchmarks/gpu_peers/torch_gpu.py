@@ -39,7 +39,7 @@ class Clock(Protocol):
 
 
 def dequantise(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """[n, k/2] bytes, the first input in the low half, with scales and zero points [n, k/128] to weights [n, k] of the scales' type."""
+    """[n, k/2] bytes, the first input in the low half, with scales and zeros [n, k/128], to [n, k] of their type."""
     q = torch.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1, GROUP)
     return ((q.to(scales.dtype) - zeros[..., None]) * scales[..., None]).reshape(len(packed), -1)
 

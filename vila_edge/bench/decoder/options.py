@@ -26,7 +26,7 @@ class Options:
     """Decode is `new_tokens` steps behind each of `contexts`, for each of `batches`; all is measured `repeat` times.
 
     `warm` steps go before those that are timed: then the host is ahead, and the GPU never waits.
-    The projector and the memory are measured as in `bench kernels`, with `kernels_repeat`, `least_us`, `bandwidth_bytes`.
+    The last three are of the projector and the memory, which are measured as in `bench kernels`.
     """
 
     contexts: Sequence[int] = CONTEXTS
@@ -61,9 +61,8 @@ def check(options: Options, models: Sequence[DecoderModel]) -> None:
             )
         for context in options.contexts:
             if not SHORTEST <= context <= most:
-                raise UsageError(
-                    f"--context {context}: with {options.room} positions behind it, {model.name} has {SHORTEST} to {most:,}"
-                )
+                wanted = f"with {options.room} positions behind it, {model.name} has {SHORTEST} to {most:,}"
+                raise UsageError(f"--context {context}: {wanted}")
     for batch in options.batches:
         if not 1 <= batch <= MAX_BATCH:
             raise UsageError(f"--batch {batch}: expected 1 to {MAX_BATCH}")

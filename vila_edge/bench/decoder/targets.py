@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def judge(result: dict[str, Any]) -> list[Judged]:
-    """Every target, of a result of `run.bench_decoder`. Decode is of one sequence; the worst model and kv_cache count."""
+    """Every target, of a result of `run.bench_decoder`. Decode is of one sequence; the worst that was found counts."""
     large, small = (_steps(result, models) for models in (LARGE, SMALL))
     torch = result["torch"]
     return [
@@ -56,7 +56,7 @@ def _prefills(result: dict[str, Any]) -> list[Found]:
 
 
 def torch_decode(torch: Any, model: str, batch: int, context: int) -> float | None:
-    """Tokens a second of torch's, None if it was not asked or had no room: see `benchmarks/gpu_peers/torch_decoder.py`."""
+    """Tokens a second, None if torch was not asked or had no room: see `benchmarks/gpu_peers/torch_decoder.py`."""
     return _model(torch, model).get("decode", {}).get(f"{batch}x{context}")
 
 
