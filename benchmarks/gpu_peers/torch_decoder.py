@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_peers.torch_decoder JOB       JOB as JSON; prints JSON
 
-JOB: {"models": [...], "contexts": [...], "batches": [...], "prompt_tokens": 1024, "new_tokens": 64, "repeat": 5}. It needs torch 2.5.
+JOB: {"models": [...], "contexts": [...], "batches": [...], "prompt_tokens": 1024, "new_tokens": 64, "repeat": 5}.
 
 Decode is eager, in 16 bits: each step chooses the most likely token, which stays on the GPU; the host waits at the end
 alone, which is in torch's favour. Prefill is eager too, once in 16 bits, once with the weights of the blocks kept in 4

@@ -10,7 +10,20 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from vila_edge.cli import bench, bench_decoder, bench_kernels, build, chat, demo, export, parity, pull, show, verify
+from vila_edge.cli import (
+    bench,
+    bench_decoder,
+    bench_kernels,
+    bench_predict,
+    build,
+    chat,
+    demo,
+    export,
+    parity,
+    pull,
+    show,
+    verify,
+)
 from vila_edge.cli.console import print_error
 from vila_edge.cli.interrupt import INTERRUPTED
 from vila_edge.errors import VilaEdgeError
@@ -46,6 +59,7 @@ app.command()(build.build)
 app.command()(bench.bench)
 app.command("bench kernels")(bench_kernels.bench_kernels)
 app.command("bench decoder")(bench_decoder.bench_decoder)
+app.command("bench predict")(bench_predict.bench_predict)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""vila-edge bench BUNDLE; `bench kernels` and `bench decoder` are in files of their own."""
+"""vila-edge bench BUNDLE; `bench kernels`, `bench decoder` and `bench predict` are in files of their own."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def bench(
 
     Prompts are random tokens and images are noise: the time does not depend on what they say. Sampling is left out,
     except with cuda, whose GPU samples in each step.
-    `bench kernels` measures the CUDA kernels alone, `bench decoder` a decoder of random weights on them; bundles of those
-    names are ./kernels and ./decoder.
+    `bench kernels` measures the CUDA kernels alone, `bench decoder` a decoder of random weights on them, `bench predict`
+    counts what a token would cost; a bundle of such a name is ./kernels.
     """
     from vila_edge import fsio
     from vila_edge.bench.report import headline, markdown, sheets

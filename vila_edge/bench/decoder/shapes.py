@@ -23,7 +23,6 @@ class DecoderModel:
 def _llm(
     model: Model,
     model_type: Literal["llama", "qwen2"],
-    layers: int,
     context_length: int,
     rope_theta: float,
     **more: Any,
@@ -32,7 +31,7 @@ def _llm(
         model_type=model_type,
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
-        num_hidden_layers=layers,
+        num_hidden_layers=model.layers,
         num_attention_heads=model.heads.query,
         num_key_value_heads=model.heads.key_value,
         head_dim=model.heads.dim,
@@ -47,10 +46,10 @@ def _llm(
 def _models() -> tuple[DecoderModel, ...]:
     known = {model.name: model for model in shapes.MODELS}
     decoders = {
-        "NVILA-2B": _llm(known["NVILA-2B"], "qwen2", 28, 8192, 1e6, tie_word_embeddings=True),
-        "VILA1.5-3B": _llm(known["VILA1.5-3B"], "llama", 32, 4096, 1e4),
-        "VILA1.5-8B": _llm(known["VILA1.5-8B"], "llama", 32, 8192, 5e5),
-        "NVILA-8B": _llm(known["NVILA-8B"], "qwen2", 28, 8192, 1e6),
+        "NVILA-2B": _llm(known["NVILA-2B"], "qwen2", 8192, 1e6, tie_word_embeddings=True),
+        "VILA1.5-3B": _llm(known["VILA1.5-3B"], "llama", 4096, 1e4),
+        "VILA1.5-8B": _llm(known["VILA1.5-8B"], "llama", 8192, 5e5),
+        "NVILA-8B": _llm(known["NVILA-8B"], "qwen2", 8192, 1e6),
     }
     projections = {projection.model: projection for projection in reversed(shapes.PROJECTIONS)}
     return tuple(DecoderModel(name, llm, projections[name]) for name, llm in decoders.items())
