@@ -19,7 +19,7 @@ from vila_edge.bundle import Bundle
 from vila_edge.config import LlmConfig, VilaConfig
 from vila_edge.engine.cuda.engine import CudaEngine
 from vila_edge.engine.cuda.kernels import Find
-from vila_edge.kernels.attention import KvCache
+from vila_edge.kernels.attention import SPLIT, KvCache
 from vila_edge.parameters import is_quantised
 from vila_edge.reference.engine import ReferenceEngine, bundle_parameters, numpy_engine
 
@@ -44,10 +44,12 @@ MODELS = {
     "llama, grouped queries": _llm("llama", 4, 2, 256),
     "qwen2": _llm("qwen2", 2, 1, tie_word_embeddings=True),
 }
+# Its contexts need two of attention's splits.
+LONG = _llm("llama", 4, 1, context_length=SPLIT + 20, num_hidden_layers=1)
 
 
 def config(model: str) -> VilaConfig:
-    return dataclasses.replace(TINY, llm=MODELS[model])
+    return dataclasses.replace(TINY, llm=LONG if model == "long" else MODELS[model])
 
 
 def stored(cfg: VilaConfig, group_size: int = GROUP, head: str = "int8") -> dict[str, NDArray[Any]]:

@@ -62,17 +62,19 @@ def begin(engine: Any, ids: list[int], capacity: int = 60) -> tuple[Any, int]:
     return cache, int(engine.forward(engine.embed_tokens(ids), cache)[0].argmax())
 
 
-def greedy(oracle: ReferenceEngine, ids: list[int], count: int) -> list[int]:
+def greedy(oracle: ReferenceEngine, ids: list[int], count: int, capacity: int = 60) -> list[int]:
     """What the oracle says, one token after the other."""
-    cache, token = begin(oracle, ids)
+    cache, token = begin(oracle, ids, capacity)
     said = [token]
     while len(said) < count:
         said.append(int(oracle.forward(oracle.embed_tokens(said[-1:]), cache)[0].argmax()))
     return said
 
 
-def take(engine: CudaEngine, ids: list[int], count: int, sampling: Sampling = GREEDY, seed: int = 1) -> list[int]:
-    cache, token = begin(engine, ids)
+def take(
+    engine: CudaEngine, ids: list[int], count: int, sampling: Sampling = GREEDY, seed: int = 1, capacity: int = 60
+) -> list[int]:
+    cache, token = begin(engine, ids, capacity)
     tokens = engine.generate(token, cache, sampling, seed)
     return [token, *(next(tokens) for _ in range(count - 1))]
 
@@ -202,18 +204,20 @@ def test_one_to_eight_sequences_at_once(engine: CudaEngine, count: int) -> None:
         next(engine.generate_together([Running(cache, token, GREEDY, 1)] * count))
 
 
-def test_a_longer_context_takes_more_splits(bundle: Bundle, compiled: Compiled, tmp_path: Path) -> None:
-    """Behind the border of a split there is another graph, and the same tokens as the oracle's."""
-    ids = RNG.integers(0, TINY.llm.vocab_size, min(SPLIT, TINY.llm.context_length) - 4).tolist()
+def test_a_longer_context_takes_more_splits(compiled: Compiled, tmp_path: Path) -> None:
+    """Behind the border of a split there is another graph; a short conversation beside a long one gets its own tokens."""
+    bundle = bundle_of("long", tmp_path)
+    ids = RNG.integers(0, TINY.llm.vocab_size, SPLIT - 3).tolist()
     with open_fake(bundle, compiled, tmp_path) as engine:
-        cache, token = begin(engine, ids, engine.max_context)
-        tokens = [token, *engine.generate(token, cache, GREEDY, 1)]
-    oracle = oracle_of(bundle)
-    cache, token = begin(oracle, ids, engine.max_context)
-    want = [token]
-    while len(want) < len(tokens):
-        want.append(int(oracle.forward(oracle.embed_tokens(want[-1:]), cache)[0].argmax()))
-    assert tokens == want
+        assert engine.max_context > SPLIT + 8
+        alone = [take(engine, prompt, 9, capacity=engine.max_context) for prompt in (ids, IDS)]
+        assert alone[0] == greedy(oracle_of(bundle), ids, 9, engine.max_context)
+        sequences = []
+        for prompt in (ids, IDS):
+            cache, token = begin(engine, prompt, engine.max_context)
+            sequences.append(Running(cache, token, GREEDY, 1))
+        together = [tokens for tokens, _ in zip(engine.generate_together(sequences), range(8), strict=False)]
+    assert [[first[0], *column] for first, column in zip(alone, zip(*together, strict=True), strict=True)] == alone
 
 
 def test_a_pipeline_lets_the_engine_sample(engine: CudaEngine, tokenizer: Tokenizer, bundle: Bundle) -> None:

@@ -29,10 +29,6 @@ class CachePool:
         self._idle: dict[int, list[Arena]] = {}
         self._used: set[Arena] = set()
 
-    def nbytes(self, capacity: int) -> int:
-        """Of a cache."""
-        return self._layers * self._shape.layer_bytes(capacity)
-
     def new(self, capacity: int) -> CudaCache:
         """Raises BackendError if the device has no room, idle memory given back."""
         idle = self._idle.get(capacity)
