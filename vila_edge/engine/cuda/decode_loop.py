@@ -81,9 +81,7 @@ class DecodeLoop:
             host["ids"][place] = sequence.token
             idle = sequence.ended or _full(sequence)
             host["sequence_positions"][place] = -1 if idle else sequence.cache.length
-            stops = sequence.stops[
-                : sampling.MAX_STOPS
-            ]  # the GPU stops by itself to save work; `_took` sees to the rest
+            stops = sequence.stops[: sampling.MAX_STOPS]  # saves the GPU work; `_took` knows all of them
             record = sampling.settings(sequence.sampling, sequence.seed, stops, sequence.cache.capacity)
             host["settings"][place] = record.view(np.uint8)
         host["step"][:] = 0
@@ -104,7 +102,10 @@ class DecodeLoop:
             if token is not None:
                 return token
             if done:
-                raise BackendError("the GPU is done, and gave no token", "run compute-sanitizer on this GPU")
+                raise BackendError(
+                    "the GPU is done, and gave no token",
+                    "update vila-edge; benchmarks/gpu_sanitizer.py finds what a kernel does wrong here",
+                )
             time.sleep(LOOK_S)
 
     def _took(self, sequence: Running, token: int) -> int | None:

@@ -74,7 +74,7 @@ class Decoder:
         if kv_cache == "int8" and KEY_SCALES not in self._weights:
             raise BackendError(
                 "the bundle has no scales for a kv_cache in int8",
-                "export the checkpoint again, or take --kv-cache float16",
+                "export the checkpoint again, or leave --kv-cache int8 out",
             )
         self._launches = DecoderLaunches(layout, self._weights, gamma_scales, self._shape)
         sizes = Memory.sizes(layout, self._shape, chunk, self._splits)
@@ -187,6 +187,7 @@ class Decoder:
         return self._graphs[key]
 
     def _capture(self, batch: int, splits: int, step: Step) -> Graph:
+        """The launches of a step as a graph, and the copy of what the host wants of it."""
         launches = self._launches.decode(self._decode, self._caches, batch, splits)
         if step != "logits":
             launches = [self._embed(batch), *launches, *self._sample(batch, step)]
