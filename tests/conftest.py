@@ -48,9 +48,11 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiled]:
     """Kernels compiled for the CPU, each file once a session."""
-    return Compiled(tmp_path_factory.mktemp("kernels"))
+    compiled = Compiled(tmp_path_factory.mktemp("kernels"))
+    with compiled.beside():
+        yield compiled
 
 
 @pytest.fixture(scope="session")

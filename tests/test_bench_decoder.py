@@ -198,6 +198,7 @@ def test_a_model_without_room_is_told_and_the_others_go_on(found: dict[str, Any]
     assert not device.buffers and not device.pins and not device.streams
 
 
+@pytest.mark.slow
 def test_caches_without_room_are_told_and_the_others_go_on(found: dict[str, Any], compiled: Compiled) -> None:
     room = 2 * LAYERS * 2 * 64 * 300  # for caches of 300 positions, and no more
     device = fake(found["models"][0]["memory_bytes"] + room)

@@ -91,6 +91,7 @@ def test_a_model_that_learnt_nothing_is_said_to_be_below(short_demo: DemoResult)
     assert short_demo.below_floor == list(FLOORS)
 
 
+@pytest.mark.slow
 def test_the_same_recipe_is_not_trained_twice(short_demo: DemoResult) -> None:
     weights = short_demo.folder / "checkpoint" / "llm" / "model.safetensors"
     before = weights.stat().st_mtime_ns

@@ -6,10 +6,13 @@ raises HostError. An array that was never written holds NaN.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import shutil
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -89,18 +92,36 @@ class Compiled:
     def __init__(self, target: Path, source: Manifest | None = None) -> None:
         self.target, self.manifest = target, source or manifest()
         self._libraries: dict[str, ctypes.CDLL] = {}
+        self._pending: dict[str, Future[None]] = {}
 
     def library(self, file: str) -> Path:
         """The .so of a file of src/, compiled. Raises HostError with what the compiler says."""
         path = self.target / Path(file).with_suffix(".so")
+        if (pending := self._pending.pop(file, None)) and not pending.cancel():
+            pending.result()
         if not path.exists():
-            compiler = shutil.which("g++") or "g++"
-            includes = [f"-I{self.manifest.include}", f"-I{self.manifest.root / 'host'}"]
-            source = ["-x", "c++", str(self.manifest.source(file)), "-o", str(path)]
-            done = subprocess.run([compiler, *FLAGS, *WARNINGS, *includes, *source], capture_output=True, text=True)
-            if done.returncode:
-                raise HostError(done.stderr)
+            self._compile(file, path)
         return path
+
+    def _compile(self, file: str, path: Path) -> None:
+        compiler = shutil.which("g++") or "g++"
+        includes = [f"-I{self.manifest.include}", f"-I{self.manifest.root / 'host'}"]
+        source = ["-x", "c++", str(self.manifest.source(file)), "-o", str(path)]
+        done = subprocess.run([compiler, *FLAGS, *WARNINGS, *includes, *source], capture_output=True, text=True)
+        if done.returncode:
+            raise HostError(done.stderr)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Compile every file on another core while the block lasts, the last ones first."""
+        with ThreadPoolExecutor(1) as pool:
+            for file in reversed(self.manifest.files):
+                path = self.target / Path(file).with_suffix(".so")
+                self._pending[file] = pool.submit(self._compile, file, path)
+            try:
+                yield
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def image(self, file: str) -> bytes:
         """As a device on the host loads it: `IMAGE` and the path of the .so."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,16 @@ class Built:
 
 def build(source: Manifest, folder: Path) -> dict[tuple[str, str], Built]:
     """By kernel and architecture."""
-    found = dict[tuple[str, str], Built]()
-    for file, architecture, code in compile_all(source, shipping_nvrtc(source), ARCHITECTURES):
+
+    def look(file: str, architecture: str, code: bytes) -> dict[tuple[str, str], Built]:
         path = folder / f"{Path(file).stem}.{architecture}.cubin"
         path.write_bytes(code)
         taken, sass = resources(path), instructions(path)
-        found |= {(name, architecture): Built(taken[name], sass[name]) for name in taken}
-    return found
+        return {(name, architecture): Built(taken[name], sass[name]) for name in taken}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each look is two processes
+        looks = [pool.submit(look, *built) for built in compile_all(source, shipping_nvrtc(source), ARCHITECTURES)]
+        return {key: built for taken in looks for key, built in taken.result().items()}
 
 
 def faults(kernel: Kernel, built: Built) -> list[str]:

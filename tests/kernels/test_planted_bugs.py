@@ -200,6 +200,7 @@ def test_the_sources_as_they_ship_pass(tmp_path: Path, victim: Victim) -> None:
     assert failures(compiled, victim.check) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_seen(tmp_path: Path, name: str) -> None:
     bug = BUGS[name]
