@@ -16,16 +16,21 @@ from PIL import Image
 import vila_edge.micro.demo
 import vila_edge.micro.recipe
 import vila_edge.micro.tasks
+from tests.cuda_engines import open_fake
+from tests.kernels.host import Compiled
+from vila_edge.bundle import Bundle
 from vila_edge.cli.console import PhaseDisplay
 from vila_edge.export.calibration import Sample, embed
 from vila_edge.export.checkpoint import Checkpoint
+from vila_edge.kernels.attention import KvCache
 from vila_edge.micro.demo import FLOORS, DemoResult, run_demo
 from vila_edge.micro.digits import load_splits
 from vila_edge.micro.recipe import Recipe
 from vila_edge.micro.tasks import TASKS, make_prompts
 from vila_edge.micro.words import DIGITS
-from vila_edge.pipeline import load
+from vila_edge.pipeline import Pipeline, load
 from vila_edge.prompt import Turn
+from vila_edge.sampler import Sampling
 from vila_edge.session import Session
 
 PHASES = [
@@ -107,8 +112,11 @@ def test_the_same_recipe_is_not_trained_twice(short_demo: DemoResult) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_demo_reaches_its_figures(tmp_path: Path) -> None:
-    """Accuracy floors, int4 within two points of fp32, peak memory. (Its time is in the report, not tested.)"""
+def test_the_whole_demo_reaches_its_figures(tmp_path: Path, compiled: Compiled) -> None:
+    """Accuracy floors, int4 within two points of fp32, peak memory; the oracle's tokens, and those of our own kernels.
+
+    (Its time is in the report, not tested.)
+    """
     command = [sys.executable, "-m", "vila_edge", "demo", "--no-chat", "--report", str(tmp_path / "report.json")]
     subprocess.run(command, cwd=tmp_path, check=True, stdin=subprocess.DEVNULL)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -140,6 +148,19 @@ def test_the_whole_demo_reaches_its_figures(tmp_path: Path) -> None:
         answers, decided = top1_agreement(bundle, kv_cache)
         assert answers >= 0.99
         assert decided >= 0.99
+    for kind in ("float16", "int8"):
+        assert_kernels_answer(bundle, compiled, tmp_path / kind, kind)
+
+
+def assert_kernels_answer(bundle: Path, compiled: Compiled, folder: Path, kv_cache: KvCache) -> None:
+    """The cuda engine, its kernels compiled for the CPU, answers as the oracle does."""
+    oracle, short = load(bundle, "numpy"), Sampling(max_new_tokens=8)
+    with open_fake(Bundle.open(bundle), compiled, folder, kv_cache) as engine:
+        kernels = Pipeline("micro", oracle.config, oracle.tokenizer, engine)
+        for prompts in make_prompts(load_splits().test, 3).values():
+            for prompt in prompts:
+                said, want = (each.generate(prompt.question, prompt.images, short) for each in (kernels, oracle))
+                assert said.token_ids == want.token_ids, prompt.question
 
 
 TIE = 0.05  # between the two best logits: about half of what 8-bit activations move a logit by
