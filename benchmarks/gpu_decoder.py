@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.gpu_peers.processes import run_ours, run_peer
-from vila_edge import fsio
 from vila_edge.bench.decoder.report import headline, markdown, sheets
 from vila_edge.cli.bench_decoder import TABLE_WIDTH
-from vila_edge.cli.results import check_results, print_sheets
+from vila_edge.cli.results import check_results, give_results
 
 
 def main(
@@ -34,11 +33,7 @@ def main(
     check_results(json_file, markdown_file)
     found = ours({"--model": model, "--context": context, "--batch": batch, "--repeat": [repeat]})
     found["torch"] = beside(torch_python, found)
-    if json_file:
-        fsio.replace_bytes(json_file, fsio.json_bytes(found))
-    if markdown_file:
-        fsio.replace_bytes(markdown_file, markdown(found).encode())
-    print_sheets(sheets(found), TABLE_WIDTH)
+    give_results(found, sheets(found), markdown(found), TABLE_WIDTH, json_file, markdown_file)
     print(headline(found))
 
 

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.gpu_peers.processes import run_ours, run_peer
-from vila_edge import fsio
 from vila_edge.bench.kernels.report import headline, markdown, sheets
 from vila_edge.cli.bench_kernels import TABLE_WIDTH
-from vila_edge.cli.results import check_results, print_sheets
+from vila_edge.cli.results import check_results, give_results
 
 
 def main(
@@ -32,11 +31,7 @@ def main(
     check_results(json_file, markdown_file)
     found = ours(model or [], repeat)
     found["torch"] = beside(torch_python, model or [], repeat)
-    if json_file:
-        fsio.replace_bytes(json_file, fsio.json_bytes(found))
-    if markdown_file:
-        fsio.replace_bytes(markdown_file, markdown(found).encode())
-    print_sheets(sheets(found), TABLE_WIDTH)
+    give_results(found, sheets(found), markdown(found), TABLE_WIDTH, json_file, markdown_file)
     print(headline(found))
 
 

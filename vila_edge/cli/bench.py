@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vila_edge.cli.console import console, print_note
-from vila_edge.cli.results import check_results, print_sheets
+from vila_edge.cli.results import check_results, give_results
 
 TABLE_WIDTH = 80  # what the widest table needs
 
@@ -44,7 +44,6 @@ def bench(
     `bench kernels` measures the CUDA kernels alone, `bench decoder` a decoder of random weights on them, `bench predict`
     counts what a token would cost; a bundle of such a name is ./kernels.
     """
-    from vila_edge import fsio
     from vila_edge.bench.report import headline, markdown, sheets
     from vila_edge.bench.run import bench as run
     from vila_edge.bench.workload import Options
@@ -64,9 +63,5 @@ def bench(
     )
     with console.status("starting") as status:
         found = run(bundle, options, lambda step: status.update(step))
-    if json_file:
-        fsio.replace_bytes(json_file, fsio.json_bytes(found))
-    if markdown_file:
-        fsio.replace_bytes(markdown_file, markdown(found).encode())
-    print_sheets(sheets(found), TABLE_WIDTH)
+    give_results(found, sheets(found), markdown(found), TABLE_WIDTH, json_file, markdown_file)
     print_note(headline(found))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vila_edge.cli.console import console, print_note
-from vila_edge.cli.results import check_results, print_sheets
+from vila_edge.cli.results import check_results, give_results
 from vila_edge.errors import UsageError
 
 TABLE_WIDTH = 160  # what the widest table needs
@@ -40,7 +40,6 @@ def bench_decoder(
     the memory's speed in the same run. The vision tower is not in it: `bench BUNDLE --backend cuda` has it. A model that
     the GPU has no room for is left out, and the reason told.
     """
-    from vila_edge import fsio
     from vila_edge.bench.decoder.options import BATCHES, CONTEXTS, KV_CACHES, Options, check
     from vila_edge.bench.decoder.report import headline, markdown, sheets
     from vila_edge.bench.decoder.run import bench_decoder as run
@@ -60,9 +59,5 @@ def bench_decoder(
     check(options, models)
     with open_device(device) as gpu, console.status("starting") as status:
         found = run(gpu, models, options, lambda step: status.update(step))
-    if json_file:
-        fsio.replace_bytes(json_file, fsio.json_bytes(found))
-    if markdown_file:
-        fsio.replace_bytes(markdown_file, markdown(found).encode())
-    print_sheets(sheets(found), TABLE_WIDTH)
+    give_results(found, sheets(found), markdown(found), TABLE_WIDTH, json_file, markdown_file)
     print_note(headline(found))

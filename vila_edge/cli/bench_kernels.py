@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vila_edge.cli.console import console, print_note
-from vila_edge.cli.results import check_results, print_sheets
+from vila_edge.cli.results import check_results, give_results
 from vila_edge.errors import UsageError
 
 TABLE_WIDTH = 120  # what the widest table needs
@@ -28,7 +28,6 @@ def bench_kernels(
     Launches come back to back from a CUDA graph, and weights from memory, never from a cache. What the kernels are
     wanted to reach is a table with what they did; it does not change the exit code.
     """
-    from vila_edge import fsio
     from vila_edge.bench.kernels.report import headline, markdown, sheets
     from vila_edge.bench.kernels.run import Options
     from vila_edge.bench.kernels.run import bench_kernels as run
@@ -42,9 +41,5 @@ def bench_kernels(
         raise UsageError(f"--model: {error}") from None
     with open_device(device) as gpu, console.status("starting") as status:
         found = run(gpu, shapes, Options(repeat=repeat), lambda step: status.update(step))
-    if json_file:
-        fsio.replace_bytes(json_file, fsio.json_bytes(found))
-    if markdown_file:
-        fsio.replace_bytes(markdown_file, markdown(found).encode())
-    print_sheets(sheets(found), TABLE_WIDTH)
+    give_results(found, sheets(found), markdown(found), TABLE_WIDTH, json_file, markdown_file)
     print_note(headline(found))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vila_edge.cli.console import print_note
-from vila_edge.cli.results import check_results, print_sheets
+from vila_edge.cli.results import check_results, give_results
 
 TABLE_WIDTH = 136  # what the widest table needs
 
@@ -30,7 +30,6 @@ def bench_predict(
     Nothing is measured: bytes and launches are those of our CUDA kernels, times follow from two constants, which are
     assumed unless a file has them. Figures that others have published stand beside.
     """
-    from vila_edge import fsio
     from vila_edge.bench import predict
     from vila_edge.bench.token_cost import Constants, Decode
 
@@ -38,9 +37,5 @@ def bench_predict(
     decode = Decode(context, batch, kv_cache)
     used = predict.read_constants(constants) if constants else Constants()
     found = predict.predict(predict.find_models(model), decode, prompt_tokens, used)
-    if json_file:
-        fsio.replace_bytes(json_file, fsio.json_bytes(found))
-    if markdown_file:
-        fsio.replace_bytes(markdown_file, predict.markdown(found).encode())
-    print_sheets(predict.sheets(found), TABLE_WIDTH)
+    give_results(found, predict.sheets(found), predict.markdown(found), TABLE_WIDTH, json_file, markdown_file)
     print_note(predict.headline(found))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from vila_edge import fsio
 from vila_edge.cli.console import console
 from vila_edge.errors import UsageError
 
@@ -23,7 +24,23 @@ def check_results(json_file: Path | None, markdown_file: Path | None) -> None:
             raise UsageError(f"{option} {file}: expected a file in a directory that exists")
 
 
-def print_sheets(sheets: Sequence[Sheet], width: int) -> None:
+def give_results(
+    found: dict[str, Any],
+    sheets: Sequence[Sheet],
+    markdown: str,
+    width: int,
+    json_file: Path | None,
+    markdown_file: Path | None,
+) -> None:
+    """Write what was found where it is wanted, and print its tables. Raises VilaEdgeError if it cannot be written."""
+    if json_file:
+        fsio.replace_bytes(json_file, fsio.json_bytes(found))
+    if markdown_file:
+        fsio.replace_bytes(markdown_file, markdown.encode())
+    _print_sheets(sheets, width)
+
+
+def _print_sheets(sheets: Sequence[Sheet], width: int) -> None:
     """To stdout, at least `width` characters wide."""
     out = Console(width=max(console.width, width), highlight=False)
     for sheet in sheets:
