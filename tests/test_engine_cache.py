@@ -71,10 +71,10 @@ def test_a_folder_that_is_open_is_closed(cache: EngineCache) -> None:
 def test_the_folder_is_that_of_the_desktop_specification(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_root() == tmp_path / "vila-edge" / "engines"
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
     for ignored in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert default_root() == Path("/home/me/.cache/vila-edge/engines")
+        assert default_root() == tmp_path / "me" / ".cache" / "vila-edge" / "engines"
 
 
 @pytest.mark.parametrize(

@@ -316,14 +316,15 @@ def test_the_command_writes_what_it_shows(
     assert (tmp_path / "k.md").read_text() == report.markdown(found)
 
 
+@pytest.mark.parametrize("command", ["kernels", "decoder"])
 def test_without_a_gpu_it_says_what_is_missing(
-    in_process: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    command: str, in_process: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(index: int) -> None:
         raise BackendError("there is no NVIDIA driver: libcuda.so.1", "install NVIDIA's driver")
 
     monkeypatch.setattr("vila_edge.engine.cuda.open_device", fail)
-    done = in_process("bench", "kernels")
+    done = in_process("bench", command)
     assert (done.returncode, done.stdout) == (5, "")
     assert "there is no NVIDIA driver" in done.stderr and "install NVIDIA's driver" in done.stderr
 

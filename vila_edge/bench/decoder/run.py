@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from typing import Any
 
 from vila_edge.bench.decoder.measure import Measured, Now
 from vila_edge.bench.decoder.options import Options, check
 from vila_edge.bench.decoder.shapes import DecoderModel
 from vila_edge.bench.decoder.weights import RandomWeights, step_bytes
-from vila_edge.bench.kernels.bandwidth import best, measure_bandwidth
 from vila_edge.bench.kernels.cases import workloads
 from vila_edge.bench.kernels.clock import Clock
-from vila_edge.bench.kernels.origin import origin
+from vila_edge.bench.kernels.frame import Progress, Row, framed
 from vila_edge.bench.kernels.run import measure
 from vila_edge.bench.kernels.shapes import Shapes
 from vila_edge.engine.cuda.decoder import Decoder
@@ -28,9 +26,6 @@ from vila_edge.kernels import store
 from vila_edge.kernels.attention import KvCache
 
 FORMAT = 1
-
-Progress = Callable[[str], None]
-Row = dict[str, Any]
 
 
 def bench_decoder(
@@ -48,11 +43,8 @@ def bench_decoder(
     """
     options = options or Options()
     check(options, models)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    kernels, clock = Kernels(device, find), Clock(device, options.kernels_repeat, options.least_us)
-    try:
-        progress("bandwidth")
-        bandwidth = measure_bandwidth(device, kernels, clock, options.bandwidth_bytes)
+
+    def work(kernels: Kernels, clock: Clock) -> list[Row]:
         rows = list[Row]()
         for model in models:
             progress(f"{model.name}, projector")
@@ -61,22 +53,19 @@ def bench_decoder(
                 progress(f"{model.name}, kv_cache in {kind}")
                 found = {"model": model.name, "kv_cache": kind, "projector": projector}
                 rows.append(found | _decoder(model, kind, device, kernels, options, now))
-        progress("bandwidth, again")
-        again = measure_bandwidth(device, kernels, clock, options.bandwidth_bytes)
-        found_on = origin(device, kernels)
-    finally:
-        clock.free()
-        kernels.free()
-    copy, read = (best(bandwidth + again, kind) for kind in ("copy", "read"))
+        return rows
+
+    frame, rows = framed(
+        device, find, progress, work, options.kernels_repeat, options.least_us, options.bandwidth_bytes
+    )
+    copy, read = frame["bandwidth"]["copy"], frame["bandwidth"]["read"]
     for row in rows:
         for step in row["decode"]:
             _hold_against(step, copy, read)
     return {
         "format": FORMAT,
-        "date": date,
-        **found_on,
+        **frame,
         "options": asdict(options),
-        "bandwidth": {"copy": copy, "read": read, "before": bandwidth, "after": again},
         "models": rows,
         "torch": None,  # what benchmarks/gpu_decoder.py adds
     }

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from typing import Any
 
-from vila_edge.bench.kernels.bandwidth import LEAST, best, measure_bandwidth
+from vila_edge.bench.kernels.bandwidth import LEAST
 from vila_edge.bench.kernels.cases import Case, Workload, workloads
 from vila_edge.bench.kernels.clock import LEAST_US, Clock, Work
+from vila_edge.bench.kernels.frame import Progress, Row, framed
 from vila_edge.bench.kernels.memory import Sets, sets_for
-from vila_edge.bench.kernels.origin import origin
 from vila_edge.bench.kernels.shapes import Shapes
 from vila_edge.engine.cuda.device import Device, PreparedLaunch, Stream
 from vila_edge.engine.cuda.kernels import Find, Kernels
 from vila_edge.kernels import store
 
 FORMAT = 1
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,30 +39,22 @@ def bench_kernels(
     The bandwidth is measured before and after all else, and the best of it counts. Raises BackendError.
     """
     options = options or Options()
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    kernels, clock = Kernels(device, find), Clock(device, options.repeat, options.least_us)
-    try:
-        progress("bandwidth")
-        bandwidth = measure_bandwidth(device, kernels, clock, options.bandwidth_bytes)
-        rows = list[dict[str, Any]]()
+
+    def work(kernels: Kernels, clock: Clock) -> list[Row]:
+        rows = list[Row]()
         for workload in workloads(shapes, device.multiprocessors):
             progress(workload.name)
             rows += measure(workload, device, kernels, clock)
-        progress("bandwidth, again")
-        again = measure_bandwidth(device, kernels, clock, options.bandwidth_bytes)
-        found_on = origin(device, kernels)
-    finally:
-        clock.free()
-        kernels.free()
-    copy, read = (best(bandwidth + again, kind) for kind in ("copy", "read"))
+        return rows
+
+    frame, rows = framed(device, find, progress, work, options.repeat, options.least_us, options.bandwidth_bytes)
+    copy, read = frame["bandwidth"]["copy"], frame["bandwidth"]["read"]
     for row in rows:
         row |= {"of_copy_bandwidth": row["bytes_per_s"] / copy, "of_read_bandwidth": row["bytes_per_s"] / read}
     return {
         "format": FORMAT,
-        "date": date,
-        **found_on,
+        **frame,
         "options": asdict(options),
-        "bandwidth": {"copy": copy, "read": read, "before": bandwidth, "after": again},
         "kernels": rows,
         "torch": None,  # what benchmarks/gpu_kernels.py adds
     }
