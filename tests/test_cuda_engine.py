@@ -197,6 +197,20 @@ def test_tokens_end_when_the_cache_is_full(engine: CudaEngine) -> None:
     assert list(engine.generate(tokens[-1], cache, GREEDY, 1)) == []
 
 
+def test_a_full_cache_stays_idle_when_the_others_go_on_after_a_break(engine: CudaEngine) -> None:
+    """Its next position is beyond the cache, and may be beyond the rope tables: the GPU must not be told of it."""
+    (full, token), (other, first) = begin(engine, IDS, len(IDS) + 2), begin(engine, IDS[:4])
+    steps = engine.generate_together([Running(full, token, GREEDY, 1), Running(other, first, GREEDY, 1)])
+    got = [next(steps) for _ in range(3)]
+    begin(engine, [3, 1, 4])
+    got += [next(steps), next(steps)]
+    assert [tokens[0] for tokens in got] == [*take(engine, IDS, 3)[1:], None, None, None]
+    assert [first, *(tokens[1] for tokens in got)] == take(engine, IDS[:4], 6)
+    begin(engine, [3, 1, 4])
+    next(steps)
+    assert engine._decoder.staging.host["sequence_positions"][0] < 0
+
+
 @pytest.mark.parametrize("count", [0, 9])
 def test_one_to_eight_sequences_at_once(engine: CudaEngine, count: int) -> None:
     cache, token = begin(engine, IDS)
