@@ -186,7 +186,11 @@ def test_constants_come_from_a_file(tmp_path: Path) -> None:
     fitted = read_constants(file)
     assert [fitted.t0_us, fitted.efficiency] == pytest.approx([4, 0.5])
     assert "bench kernels on G, today" in fitted.source
-    for text in ("{", "[]", '{"t0_us": 1}', '{"t0_us": 1, "efficiency": 2}', '{"kernels": []}', '{"kernels": [{}]}'):
+    for text, message in (("{", "not JSON"), ("[]", "expected a JSON object, found list")):
+        file.write_text(text)
+        with pytest.raises(InputError, match=rf"found\.json: {message}"):
+            read_constants(file)
+    for text in ('{"t0_us": 1}', '{"t0_us": 1, "efficiency": 2}', '{"kernels": []}', '{"kernels": [{}]}'):
         file.write_text(text)
         with pytest.raises(ConfigError, match=r"found\.json"):
             read_constants(file)

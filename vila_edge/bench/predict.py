@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,17 +35,13 @@ def find_models(name: str | None) -> Sequence[Model]:
 
 def read_constants(file: Path) -> Constants:
     """Constants from a JSON of theirs, or fitted to one of `bench kernels`. Raises InputError or ConfigError."""
-    try:
-        data = json.loads(fsio.read_text(file, 1 << 28))
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}") from None
-    if isinstance(data, dict) and "kernels" in data:
+    data = fsio.read_json(file, 1 << 28)
+    if "kernels" in data:
         try:
             return fit_kernels(data)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error.message}") from None
-    if isinstance(data, dict):
-        data = {"math_efficiency": Constants.math_efficiency, "source": str(file), **data}
+    data = {"math_efficiency": Constants.math_efficiency, "source": str(file), **data}
     return from_plain(Constants, data, str(file))
 
 
